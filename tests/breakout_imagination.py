@@ -1,0 +1,166 @@
+"""Does imagination obey Breakout? Trains the world model alone on recorded frames and holds imagination beside the emulator.
+
+    python tests/breakout_imagination.py --minutes 60                       # small world model on a CPU
+    python tests/breakout_imagination.py --preset paper --updates 10000     # the paper's sizes, for a GPU
+
+From held-out contexts with the ball in play it imagines 15 steps under the real actions and decodes paddle x, ball x and
+ball y (the emulator's RAM 72, 99 and 101) from the latents with a ridge regression fitted on real latents of the training
+recording. Errors are mean absolute errors in RAM pixels, beside "no change" (the value at the context) and beside the "floor"
+(the same probe on the real future latent). `push` is how far apart 5 x LEFT and 5 x RIGHT move the imagined paddle from one
+context, as a fraction of what the emulator does. Every flag of jedi.py works here too.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+
+import numpy as np
+import torch
+import tyro
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+import jedi  # noqa: E402
+
+RAM = {"paddle": 72, "ball_x": 99, "ball_y": 101}
+NOOP, FIRE, RIGHT, LEFT = range(4)
+STEPS, REPORT = 15, (1, 5, 15)
+
+
+@dataclasses.dataclass
+class ProbeArgs(jedi.Args):
+    minutes: float = 60.0
+    """stop after this much training"""
+    updates: int = 1_000_000
+    """stop after this many world-model updates"""
+    eval_every: int = 500
+    """updates between two measurements"""
+    frames: int = 5_000
+    """recorded training steps; a fifth as many are held out"""
+    out: str | None = None
+    """also append the measurements to this JSON-lines file"""
+
+
+def record(num_steps: int, seed: int, args: jedi.Args, device: torch.device, branch: bool):
+    """Plays a half random, half ball-following policy. Returns the replay, the RAM [slots, 3] and, with `branch`, for every
+    20th step the slot and the paddle after 5 x LEFT and 5 x RIGHT [N, 3]."""
+    env, rng = jedi.make_env("BreakoutNoFrameskip-v4", seed, training=True, image_size=args.image_size), np.random.default_rng(seed)
+    ale, buffer = env.unwrapped.ale, jedi.ReplayBuffer(num_steps, args.image_size, device, args.recency_weights)
+    ram = lambda: [int(ale.getRAM()[address]) for address in RAM.values()]  # noqa: E731
+    rams, branches, over = [], [], True
+    for step in range(num_steps):
+        if over:
+            buffer.begin_episode(env.reset()[0])
+            rams.append(ram())
+        paddle, ball_x, ball_y = rams[-1]
+        if branch and step % 20 == 0 and ball_y:
+            saved, moved = ale.cloneState(), []
+            for action in (LEFT, RIGHT):
+                for _ in range(5 * jedi.FRAME_SKIP):
+                    ale.act(env.unwrapped._action_set[action])
+                moved.append(ram()[0])
+                ale.restoreState(saved)
+            branches.append([buffer.size - 1, *moved])
+        follow = FIRE if ball_y == 0 else LEFT if ball_x < paddle - 4 else RIGHT if ball_x > paddle + 4 else NOOP
+        action = int(rng.integers(4)) if rng.random() < 0.5 else follow
+        obs, reward, terminated, truncated, _ = env.step(action)
+        buffer.add(action, reward, terminated, truncated, obs)
+        rams.append(ram())
+        over = terminated or truncated
+    return buffer, torch.tensor(rams, device=device), np.array(branches)
+
+
+@torch.no_grad()
+def measure(agent: jedi.Agent, train, held_out, device: torch.device) -> dict:
+    """The numbers of the docstring at the top, for one state of the networks."""
+    (buffer, ram, _), (test, test_ram, branches) = train, held_out
+    args, steps = agent.args, agent.args.num_conditioning_steps
+    encode = lambda obs: torch.cat([agent.encoder(chunk) for chunk in obs.split(256)])  # noqa: E731
+    slots = torch.nonzero(ram[:, 2] > 0).squeeze(1)  # ball in play
+    features, targets = encode(buffer.obs[slots]).flatten(1).double(), ram[slots].double()
+    mean, target_mean, fit = features.mean(0), targets.mean(0), len(slots) * 4 // 5
+    x, y = features - mean, targets - target_mean
+
+    def ridge(strength: float, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        gram = x.T @ x
+        return torch.linalg.solve(gram + strength * gram.diagonal().mean() * torch.eye(len(gram), device=device), x.T @ y)
+
+    # The strength is the one that predicts the last fifth of the training recording best
+    strengths = [10.0**k for k in range(-6, 1)]
+    best = min(strengths, key=lambda s: (x[fit:] @ ridge(s, x[:fit], y[:fit]) - y[fit:]).abs().mean().item())
+    weights = ridge(best, x, y)
+    decode = lambda z: ((z.flatten(-3).double() - mean) @ weights + target_mean).clamp(0, 255)  # noqa: E731  [..., 3]
+
+    def imagine(batch: jedi.Batch, actions: torch.Tensor) -> torch.Tensor:
+        generator = torch.Generator(device).manual_seed(0)
+        noise = jedi.imagination_noise(dataclasses.replace(args, horizon=actions.shape[1]), len(actions), agent.num_actions, generator)
+        z = agent.encoder(batch.obs[:, :steps])
+        return jedi.imagine(agent, z, batch.act[:, :steps], batch.real[:, :steps], *noise, actions=actions).z[:, steps:]
+
+    def segments(anchors: torch.Tensor, after: int) -> tuple[jedi.Batch, torch.Tensor]:
+        slot = anchors[:, None] + torch.arange(-steps + 1, after + 1, device=device)  # [B, T]
+        flat = test.episode[slot] == test.episode[anchors, None]
+        return jedi.Batch(test.obs[slot], test.act[slot], test.rew[slot], test.end[slot], flat, flat), test_ram[slot]
+
+    # Contexts: all frames from L-1 before to STEPS after the anchor in one episode, with the ball in play
+    anchors = torch.arange(steps, test.size - STEPS - 1, device=device)
+    window = anchors[:, None] + torch.arange(-steps + 1, STEPS + 1, device=device)
+    good = (test.episode[window] == test.episode[anchors, None]).all(1) & (test_ram[window, 2] > 0).all(1)
+    batch, truth = segments(anchors[good][::3][:256], STEPS)
+    z_hat = imagine(batch, batch.act[:, steps - 1 : -1])  # [B, STEPS, C, h, w]
+    z_real = encode(batch.obs[:, steps:].flatten(0, 1)).unflatten(0, z_hat.shape[:2])
+    z_now = agent.encoder(batch.obs[:, steps - 1])[:, None]
+    now, future = truth[:, steps - 1 : steps].double(), truth[:, steps:].double()
+    result = {"contexts": len(truth), "latent_std": z_real.std().item(), "change_std": (z_real[:, 0] - z_now[:, 0]).std().item()}
+    for h in REPORT:
+        i = h - 1
+        error = lambda prediction: (prediction - future[:, i]).abs().mean(0).tolist()  # noqa: B023, E731
+        latent = (z_hat[:, i] - z_real[:, i]).square().mean() / (z_now[:, 0] - z_real[:, i]).square().mean()
+        rows = zip(RAM, error(decode(z_hat[:, i])), error(now[:, 0]), error(decode(z_real[:, i])))
+        result[h] = {"latent": latent.item()} | {name: dict(imagined=a, no_change=b, floor=c) for name, a, b, c in rows}
+    # LEFT against RIGHT from the same contexts
+    known = torch.from_numpy(branches).to(device)
+    known = known[(known[:, 0] >= steps - 1) & (test.episode[known[:, 0]] == test.episode[known[:, 0] - steps + 1])]
+    batch, _ = segments(known[:, 0], 0)
+    left, right = (decode(imagine(batch, torch.full((len(known), 5), a, device=device))[:, -1])[:, 0] for a in (LEFT, RIGHT))
+    result["push"] = ((right - left).mean() / (known[:, 2] - known[:, 1]).double().mean()).item()
+    return result
+
+
+def show(updates: int, minutes: float, loss: float, m: dict) -> str:
+    parts = [f"{updates:6d} updates {minutes:5.1f} min loss {loss:.3f} std {m['latent_std']:.3f}/{m['change_std']:.3f} push {m['push']:5.2f}"]
+    for h in REPORT:
+        errors = "  ".join(f"{k} {v['imagined']:.1f}/{v['no_change']:.1f}/{v['floor']:.1f}" for k, v in m[h].items() if k != "latent")
+        parts.append(f"   {h:2d} steps: latent {m[h]['latent']:.2f}x  {errors}")
+    return "\n".join(parts)
+
+
+def main(args: ProbeArgs) -> list[dict]:
+    device = jedi.resolve_device(args.device)
+    torch.manual_seed(args.seed)
+    agent = jedi.Agent(args, num_actions=4).to(device)
+    trainer = jedi.Trainer(agent, args, device, compiled=bool(args.compile))
+    train, held_out = record(args.frames, args.seed, args, device, False), record(args.frames // 5, args.seed + 1, args, device, True)
+    print(f"{device}, {args.predict}, start {args.sampler_start}; errors are imagined/no change/floor in RAM pixels", flush=True)
+    updates, seconds, losses, curve = 0, 0.0, [], []
+    while True:
+        done = updates >= args.updates or seconds >= 60 * args.minutes
+        if updates % args.eval_every == 0 or done:
+            loss = torch.stack(losses).mean().item() if losses else float("nan")
+            curve.append({"updates": updates, "minutes": seconds / 60, "loss": loss} | measure(agent, train, held_out, device))
+            print(show(updates, seconds / 60, loss, curve[-1]), flush=True)
+            losses = []
+            if args.out:
+                with open(args.out, "a") as file:
+                    print(json.dumps(curve[-1]), file=file)
+        if done:
+            return curve
+        start = time.perf_counter()
+        losses.append(trainer.update_world_model(trainer.segment(train[0]))["losses/denoising"])
+        updates, seconds = updates + 1, seconds + time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    preset = "paper" if "paper" in sys.argv else "small"
+    main(tyro.cli(ProbeArgs, default=ProbeArgs(**(jedi.SMALL if preset == "small" else {}))))
