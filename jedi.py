@@ -90,6 +90,8 @@ class Args:
     """width of each stage; the last is C, the latent's channels [P]"""
     latent_bound: float = 3.0
     """s of C(z) = s tanh(z / s) [P]"""
+    latent_norm: Literal["none", "batch"] = "none"
+    """normalisation before the bound: none [P], or batch, the mean of each position and one std for all [O]"""
     encoder_lr_scale: float = 0.3
     """learning rate of the encoder / learning rate of the world model [P]"""
 
@@ -287,11 +289,12 @@ def make_env(env_id: str, seed: int, training: bool, image_size: int = 64, allow
     try:
         importlib.import_module(module) if module else None
         spec = gym.spec(name)
-    except (gym.error.Error, ImportError, ValueError) as error:
-        known = [name for name in gym.registry if "NoFrameskip-v4" in name] + list(gym.registry)
-        close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    except ImportError as error:
+        raise UsageError(f"--env-id {env_id}: {error}; the part before the colon is a Python module that registers the environment") from None
+    except (gym.error.Error, ValueError):
+        close = difflib.get_close_matches(name, list(gym.registry), n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}?" if close else "an Atari id looks like BreakoutNoFrameskip-v4"
-        raise UsageError(f"--env-id {env_id}: {str(error).splitlines()[0].rstrip('.')}; {hint}") from None
+        raise UsageError(f"--env-id {env_id}: no such environment; {hint}") from None
     atari = str(spec.entry_point).startswith("ale_py")
     if atari:
         sticky, skip = spec.kwargs.get("repeat_action_probability", 0), spec.kwargs.get("frameskip", 1)
@@ -351,7 +354,9 @@ class ReplayBuffer:
         self.parts = None  # cache of the recency parts
 
     def begin_episode(self, obs: np.ndarray) -> None:
-        """obs: uint8 [3, S, S], the first frame. An episode that was still open is thereby cut off."""
+        """obs: uint8 [3, S, S], the first frame. An episode that was still open, as after a resume, is truncated."""
+        if self.size > 1 and not self.end[self.size - 2]:
+            self.trunc[self.size - 2] = True
         self.first_step_of_episode.append(self.num_steps)
         self.first_slot = self.size
         self._append(obs)
@@ -413,8 +418,6 @@ class ReplayBuffer:
                 field = torch.zeros(self.size, *field.shape[1:], dtype=field.dtype, device=self.device)
                 setattr(self, name, field)
             field[: self.size] = state[name].to(self.device)
-        if self.size > 1 and not (self.end[self.size - 2] or self.trunc[self.size - 2]):
-            self.trunc[self.size - 2] = True  # the open episode ends here: the emulator restarts at an episode boundary
 
 
 # ====================================================================================================================
@@ -509,22 +512,41 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 # Encoder E: frame -> latent
 # ====================================================================================================================
 class Encoder(nn.Module):
-    """uint8 frames [..., 3, S, S] -> latents [..., C, S/8, S/8], bounded by C(z) = s tanh(z / s) [P]."""
+    """uint8 frames [..., 3, S, S] -> latents [..., C, S/8, S/8], bounded by C(z) = s tanh(z / s) [P].
+
+    latent_norm="batch" subtracts each position's mean and divides by one std before the bound: what never changes on the
+    screen vanishes, what changes has std sigma_data, and a shrinking latent cannot lower the loss.
+    """
 
     def __init__(self, args: Args):
         super().__init__()
         c1, c2, c3, c4 = args.encoder_channels
-        self.bound = args.latent_bound
+        self.args = args
         self.net = nn.Sequential(
             conv3x3(3, c1), ResBlock(c1, c1), conv3x3(c1, c2, stride=2),
             ResBlock(c2, c2), conv3x3(c2, c3, stride=2),
             ResBlock(c3, c3), conv3x3(c3, c3, stride=2),
             ResBlock(c3, c3), GroupNorm(c3), nn.SiLU(), conv3x3(c3, c4),
         )  # fmt: skip
+        self.register_buffer("mean", torch.zeros(c4, args.image_size // 8, args.image_size // 8))
+        self.register_buffer("var", torch.tensor(1.0))
+        self.register_buffer("num_batches", torch.tensor(0.0))
 
-    def forward(self, obs: Tensor) -> Tensor:
-        x = obs.flatten(0, -4).float() / 127.5 - 1  # [N, 3, S, S]
-        z = self.bound * torch.tanh(self.net(x) / self.bound)  # [N, C, h, w]
+    def forward(self, obs: Tensor, batch_statistics: bool = False) -> Tensor:
+        """batch_statistics: normalise by this batch, as the world model's update does, instead of by the running values."""
+        x = self.net(obs.flatten(0, -4).float() / 127.5 - 1)  # [N, C, h, w]
+        if self.args.latent_norm == "batch":
+            mean, var = self.mean, self.var
+            if batch_statistics:
+                mean = x.mean(0)  # [C, h, w]
+                var = (x - mean).square().mean()
+                with torch.no_grad():  # a mean over the first 100 batches, then a memory of 100
+                    self.num_batches += 1
+                    weight = 1 / self.num_batches.clamp(max=100)
+                    self.mean += weight * (mean - self.mean)
+                    self.var += weight * (var - self.var)
+            x = self.args.sigma_data * (x - mean) / (var + 1e-8).sqrt()
+        z = self.args.latent_bound * torch.tanh(x / self.args.latent_bound)  # [N, C, h, w]
         return z.unflatten(0, obs.shape[:-3])
 
 
@@ -629,7 +651,10 @@ class Denoiser(nn.Module):
         """
         steps, n = self.args.num_conditioning_steps, self.args.num_autoregressive_steps
         z_next, hist = z.detach(), list(z.unbind(1))  # stop-gradient on the target; hist is not stopped: E learns through it
-        loss_sum, change_sum = 0.0, 0.0
+        change = (z_next[:, 1:] - z_next[:, :-1]).square().mean((2, 3, 4))  # [B, L+n-1]
+        change_rms = masked_mean(change, real[:, 1:] & real[:, :-1]).sqrt()
+        self.track_change(change_rms)
+        loss_sum = 0.0
         for i in range(n):
             z_hist = torch.stack(hist[i : i + steps], 1)  # [B, L, C, h, w]
             base, scale = self.origin(z_hist)
@@ -640,15 +665,13 @@ class Denoiser(nn.Module):
             target = (y - c_skip * y_noisy) / c_out
             error = (output - target).square().mean((1, 2, 3))  # [B]
             loss_sum = loss_sum + masked_mean(error, real[:, steps + i])
-            change = (z_next[:, steps + i] - z_next[:, steps + i - 1]).square().mean((1, 2, 3))  # [B]
-            change_sum = change_sum + masked_mean(change, real[:, steps + i])
             denoised = self.to_latent(c_skip * y_noisy + c_out * output, z_hist).detach()
             hist[steps + i] = torch.where(feed_own, denoised, hist[steps + i])  # random switching
-        return loss_sum / n, {"losses/denoising": loss_sum.detach() / n, "latent/change_rms": (change_sum / n).sqrt()}
+        return loss_sum / n, {"losses/denoising": loss_sum.detach() / n, "latent/change_rms": change_rms}
 
     @torch.no_grad()
     def track_change(self, rms: Tensor) -> None:
-        """Follows the rms of the latents' change, as a mean at first and with a memory of 100 updates later."""
+        """Follows the rms of the latents' change: a mean over the first 100 updates, then a memory of 100."""
         self.num_updates += 1
         self.change_rms += (rms - self.change_rms) / self.num_updates.clamp(max=100)
 
@@ -805,7 +828,7 @@ def world_model_loss(agent: Agent, batch: Batch, sigma: Tensor, noise: Tensor, f
 
     The frames are encoded once; both losses reach the encoder. sigma, noise, feed_own: see Denoiser.loss.
     """
-    z = agent.encoder(batch.obs)  # [B, L+H+1, C, h, w]
+    z = agent.encoder(batch.obs, batch_statistics=True)  # [B, L+H+1, C, h, w]
     k = agent.args.num_conditioning_steps + agent.args.num_autoregressive_steps
     diffusion_loss, logs = agent.denoiser.loss(z[:, :k], batch.act[:, :k], batch.real[:, :k], sigma, noise, feed_own)
     reward_end_loss, more = agent.reward_end.loss(z, batch.act[:, :-1], batch.rew[:, :-1], batch.end[:, :-1], batch.step[:, :-1])
@@ -881,7 +904,6 @@ class Trainer:
         norms = [nn.utils.clip_grad_norm_(group["params"], clip) for group, clip in zip(groups, clips)]
         self.world_model_optimizer.step()
         self.schedulers[0].step()
-        self.agent.denoiser.track_change(logs["latent/change_rms"])
         return logs | dict(zip(("grad_norm/encoder", "grad_norm/denoiser", "grad_norm/reward_end"), norms))
 
     def update_actor_critic(self, batch: Batch) -> dict[str, Tensor]:

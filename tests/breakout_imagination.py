@@ -157,7 +157,7 @@ def main(args: ProbeArgs) -> list[dict]:
         if done:
             return curve
         start = time.perf_counter()
-        losses.append(trainer.update_world_model(trainer.segment(train[0]))["losses/denoising"])
+        losses.append(trainer.update_world_model(trainer.segments(train[0]))["losses/denoising"])
         updates, seconds = updates + 1, seconds + time.perf_counter() - start
 
 
