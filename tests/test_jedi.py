@@ -613,7 +613,7 @@ class ContinuousActions(gym.Env):
 gym.register("Continuous-v0", ContinuousActions)
 
 BAD_INPUT = {
-    "unknown env": (dict(env_id="BraekoutNoFrameskip-v4"), ["--env-id BraekoutNoFrameskip-v4", "BreakoutNoFrameskip-v4?"]),
+    "unknown env": (dict(env_id="BraekoutNoFrameskip-v4"), ["--env-id BraekoutNoFrameskip-v4", "did you mean", "BreakoutNoFrameskip-v4"]),
     "unknown module": (dict(env_id="nowhere:Game-v0"), ["--env-id nowhere:Game-v0", "nowhere"]),
     "no image": (dict(env_id="VectorObs-v0"), ["--env-id VectorObs-v0", "not uint8 images"]),
     "no discrete action": (dict(env_id="Continuous-v0"), ["--env-id Continuous-v0", "not Discrete"]),
