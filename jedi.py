@@ -30,6 +30,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
 import ale_py
@@ -63,7 +64,7 @@ class Args:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     compile: bool | None = None
-    """torch.compile the losses and the imagination; default: on CUDA only. Eager is the reference"""
+    """torch.compile the losses and the sampler; default: on CUDA only. Eager is the reference"""
     exp_name: str = "jedi"
     """name of the method in the run directory and in the result; change it in a fork"""
     runs_dir: str = "runs"
@@ -876,8 +877,11 @@ class Trainer:
 
         self.optimizers = [self.world_model_optimizer, self.actor_critic_optimizer]
         self.schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up) for optimizer in self.optimizers]
-        wrap = torch.compile if compiled else lambda function: function
-        self.world_model_loss, self.actor_critic_loss, self.imagine = map(wrap, (world_model_loss, actor_critic_loss, imagine))
+        self.world_model_loss, self.actor_critic_loss = world_model_loss, actor_critic_loss
+        if compiled:  # of the imagination only the sampler: unrolled over H steps, a graph would take many minutes to compile
+            self.world_model_loss = torch.compile(world_model_loss, dynamic=False)
+            self.actor_critic_loss = torch.compile(actor_critic_loss, dynamic=False)
+            agent.denoiser.sample = torch.compile(agent.denoiser.sample, dynamic=False)
 
     def segments(self, buffer: ReplayBuffer) -> Batch:
         """For the world model: L-1 frames, an anchor, H+1 frames, so that the reward/end model sees L+H transitions."""
@@ -886,6 +890,10 @@ class Trainer:
     def contexts(self, buffer: ReplayBuffer) -> Batch:
         """For the actor-critic: the L frames from which it imagines."""
         return buffer.sample(self.args.batch_size, self.args.num_conditioning_steps - 1, 0, self.rng)
+
+    def phases(self):
+        """The two kinds of update in their order: name, update, how its batch is drawn."""
+        return ("world_model", self.update_world_model, self.segments), ("actor_critic", self.update_actor_critic, self.contexts)
 
     def update_world_model(self, batch: Batch) -> dict[str, Tensor]:
         """One step of encoder, denoiser and reward/end model on a batch from `segments`."""
@@ -911,7 +919,7 @@ class Trainer:
         with torch.no_grad():
             z = self.agent.encoder(batch.obs)  # [B, L, C, h, w]
         randomness = imagination_noise(self.args, len(z), self.agent.num_actions, self.rng)
-        rollout = self.imagine(self.agent, z, batch.act, batch.real, *randomness)
+        rollout = imagine(self.agent, z, batch.act, batch.real, *randomness)
         loss, logs = self.actor_critic_loss(self.agent, rollout)
         self.actor_critic_optimizer.zero_grad()
         loss.backward()
@@ -979,8 +987,8 @@ class Collector:
         self.agent, self.buffer, self.rng, self.over = agent, buffer, rng, True
 
     @torch.no_grad()
-    def step(self) -> dict | None:
-        """One agent step; returns {"r": unclipped return, "l": length} of a full game at its last step."""
+    def step(self) -> tuple[float, dict | None]:
+        """One agent step -> unclipped reward and, at the last step of a full game, {"r": unclipped return, "l": length}."""
         if self.over:
             self.obs, self.lstm_state = self.env.reset()[0], None
             self.buffer.begin_episode(self.obs)
@@ -992,7 +1000,7 @@ class Collector:
         self.obs, rew, end, trunc, info = self.env.step(act)
         self.buffer.add(act, float(rew), end, trunc, self.obs)
         self.over = end or trunc
-        return info.get("episode")
+        return float(rew), info.get("episode")
 
 
 @torch.no_grad()
@@ -1138,10 +1146,11 @@ class Logger:
         lines = self.path.read_text().splitlines(keepends=True)[:num_lines] if self.path.exists() else []
         self.path.write_text("".join(lines))  # a resumed run forgets the lines after its checkpoint
         if args.track:
-            self.wandb = optional_import("wandb", "--track")
-            self.wandb.init(project="jedi", name=run_dir.name, id=run_dir.name, resume="allow", config=dataclasses.asdict(args), dir=run_dir)
+            import wandb
+
+            self.wandb = wandb
+            wandb.init(project="jedi", name=run_dir.name, id=run_dir.name, resume="allow", config=dataclasses.asdict(args), dir=run_dir)
         if args.tensorboard:
-            optional_import("tensorboard", "--tensorboard")
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(run_dir)
@@ -1155,13 +1164,6 @@ class Logger:
             self.wandb.log(metrics, step=step)
         for key, value in metrics.items() if self.writer else ():
             self.writer.add_scalar(key, value, step)
-
-
-def optional_import(name: str, flag: str):
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UsageError(f"{flag} needs the package {name}: pip install {name}, or drop the flag") from None
 
 
 class Means:
@@ -1206,6 +1208,8 @@ def check_args(args: Args) -> None:
          f"--batch-size {args.batch_size}: larger than the replay after --first-collect-steps {args.first_collect_steps}"),
         (args.steps_per_epoch < 1, "--steps-per-epoch: must be at least 1"),
         (args.eval_episodes < 1, "--eval-episodes: must be at least 1"),
+        (args.track and not find_spec("wandb"), "--track needs the package wandb: pip install wandb, or drop the flag"),
+        (args.tensorboard and not find_spec("tensorboard"), "--tensorboard needs its package: pip install tensorboard, or drop the flag"),
     ]  # fmt: skip
     for failed, message in wrong:
         if failed:
@@ -1246,23 +1250,17 @@ class StopRequest:
 def measure_speed(args: Args, num_actions: int, device: torch.device) -> dict[str, float]:
     """Seconds per step of each phase, on throwaway networks and one throwaway environment, eager."""
     agent = Agent(args, num_actions).to(device)
-    trainer, buffer = Trainer(agent, args, device, compiled=False), ReplayBuffer(40, args.image_size, device)
-    collector, seconds = Collector(agent, buffer, trainer.rng, args.seed), {}
-
-    def clock(function, *inputs) -> float:
-        start = time.perf_counter()
-        float(torch.stack([value for value in function(*inputs).values()]).sum())  # waits for the device
-        return time.perf_counter() - start
-
-    start = time.perf_counter()
+    trainer, buffer = Trainer(agent, args, device, compiled=False), ReplayBuffer(30, args.image_size, device)
+    collector, seconds, start = Collector(agent, buffer, trainer.rng, args.seed), {}, time.perf_counter()
     for _ in range(30):
         collector.step()
     seconds["collect"] = (time.perf_counter() - start) / 30
-    for name, update, batch in (("world_model", trainer.update_world_model, trainer.segments(buffer)),
-                                ("actor_critic", trainer.update_actor_critic, trainer.contexts(buffer))):  # fmt: skip
-        seconds[name] = clock(update, batch)
-        if seconds[name] < 10:  # the first call also allocates
-            seconds[name] = clock(update, batch)
+    for name, update, draw in trainer.phases():
+        for _ in range(2):  # the first call also allocates
+            if seconds.get(name, 0) < 10:
+                start = time.perf_counter()
+                float(sum(update(draw(buffer)).values()))  # waits for the device
+                seconds[name] = time.perf_counter() - start
     return seconds
 
 
@@ -1355,8 +1353,8 @@ def main(args: Args) -> dict:
         # 1 COLLECT
         start, collected = time.perf_counter(), buffer.num_steps
         while wants_steps(epoch):
-            game = collector.step()
-            progress["reward_counts"][int(buffer.rew[buffer.size - 2].sign()) + 1] += 1
+            rew, game = collector.step()
+            progress["reward_counts"][int(np.sign(rew)) + 1] += 1
             if game:
                 progress["returns"] = progress["returns"][-99:] + [float(game["r"])]
                 logger.log(buffer.num_steps, {"charts/episodic_return": float(game["r"]), "charts/episodic_length": int(game["l"])})
@@ -1372,8 +1370,7 @@ def main(args: Args) -> dict:
             metrics = {k: float(v) for k, v in measure(agent, batch, *imagination_noise(args, 64, num_actions, rng)).items()}
 
         # 3 TRAIN THE WORLD MODEL, 4 TRAIN THE ACTOR-CRITIC IN IMAGINATION
-        for phase, update, draw in (("world_model", trainer.update_world_model, trainer.segments),
-                                    ("actor_critic", trainer.update_actor_critic, trainer.contexts)):  # fmt: skip
+        for phase, update, draw in trainer.phases():
             start, means, target = time.perf_counter(), Means(), first[phase] + epoch * later[phase]
             while progress[phase] < target:
                 means.add(update(draw(buffer)))
