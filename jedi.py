@@ -24,7 +24,6 @@ import math
 import os
 import pathlib
 import platform
-import resource
 import shutil
 import signal
 import subprocess
@@ -62,9 +61,9 @@ class Args:
     seed: int = 1
     """seed of every random number; on a CPU it determines the run bit for bit"""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps"""
-    compile: bool | None = None
-    """torch.compile the losses and the sampler; default: on CUDA only. Eager is the reference"""
+    """auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, mps"""
+    compile: bool = False
+    """torch.compile the losses and the sampler; the command line turns it on for CUDA. Eager is the reference"""
     exp_name: str = "jedi"
     """name of the method in the run directory and in the result; change it in a fork"""
     runs_dir: str = "runs"
@@ -160,11 +159,11 @@ class Args:
     actor_critic_lr: float = 1e-4
     """AdamW's rate for the actor-critic [D]"""
     weight_decay: float = 1e-2
-    """AdamW's weight decay of the world model; 0 for the actor-critic [D]"""
+    """AdamW's weight decay of the world model, on every parameter; 0 for the actor-critic [D, who spares biases and norms]"""
     warmup_updates: int = 100
     """updates of linear learning-rate warm-up [D]"""
     denoiser_max_grad_norm: float = 1.0
-    """gradient clip of the denoiser, and of the encoder [D]"""
+    """gradient clip of the denoiser [D], and of the encoder [O]"""
     reward_end_max_grad_norm: float = 100.0
     """gradient clip of the reward/end model [D]"""
     actor_critic_max_grad_norm: float = 100.0
@@ -198,11 +197,11 @@ class Args:
 
 
 SMALL = dict(
-    encoder_channels=(8, 16, 32, 16), denoiser_channels=48, cond_channels=128, reward_end_channels=16, lstm_dim=128,
-    actor_critic_channels=(16, 32), horizon=10, batch_size=24, learning_rate=5e-4, actor_critic_lr=3e-4, ent_coef=0.01,
-    total_steps=3_000, first_collect_steps=1_000, first_collect_max=1_000, steps_per_epoch=200, final_epochs=2,
-    first_world_model_updates=500, world_model_updates=100, first_actor_critic_updates=50, actor_critic_updates=50,
-    eval_episodes=10,
+    encoder_channels=(8, 16, 32, 16), latent_norm="batch", encoder_lr_scale=0.01, denoiser_channels=48, cond_channels=128, predict="change",
+    reward_end_channels=16, lstm_dim=128, actor_critic_channels=(16, 32), horizon=10, ent_coef=0.01, batch_size=24, learning_rate=5e-4,
+    actor_critic_lr=5e-4, actor_critic_max_grad_norm=1.0, total_steps=2_000, first_collect_steps=1_000, first_collect_max=1_000,
+    steps_per_epoch=200, final_epochs=2, first_world_model_updates=300, world_model_updates=30, first_actor_critic_updates=50,
+    actor_critic_updates=50, eval_episodes=10,
 )  # fmt: skip
 
 
@@ -280,6 +279,10 @@ class EpisodicLife(gym.Wrapper):
         return self.obs, reward, terminated or self.lives < lives, truncated, info
 
 
+def is_atari(spec: gym.envs.registration.EnvSpec) -> bool:
+    return str(spec.entry_point).startswith("ale_py")
+
+
 def make_env(env_id: str, seed: int, training: bool, image_size: int = 64, allow_sticky: bool = False) -> gym.Env:
     """Environment with uint8 frames [3, S, S], discrete actions, unclipped rewards and, in the info of a full game's last
     step, `episode` = {"r": return, "l": length}. `training` makes a lost life an end. Seeded; reset() goes on from the seed.
@@ -296,8 +299,7 @@ def make_env(env_id: str, seed: int, training: bool, image_size: int = 64, allow
         close = difflib.get_close_matches(name, list(gym.registry), n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}?" if close else "an Atari id looks like BreakoutNoFrameskip-v4"
         raise UsageError(f"--env-id {env_id}: no such environment; {hint}") from None
-    atari = str(spec.entry_point).startswith("ale_py")
-    if atari:
+    if atari := is_atari(spec):
         sticky, skip = spec.kwargs.get("repeat_action_probability", 0), spec.kwargs.get("frameskip", 1)
         if (sticky or skip != 1) and not allow_sticky:
             game = "".join(part.capitalize() for part in str(spec.kwargs["game"]).split("_"))
@@ -533,15 +535,16 @@ class Encoder(nn.Module):
         self.register_buffer("var", torch.tensor(1.0))
         self.register_buffer("num_batches", torch.tensor(0.0))
 
-    def forward(self, obs: Tensor, batch_statistics: bool = False) -> Tensor:
-        """batch_statistics: normalise by this batch, as the world model's update does, instead of by the running values."""
+    def forward(self, obs: Tensor, real: Tensor | None = None) -> Tensor:
+        """With `real` [...], as in the world model's update, normalises by this batch's real frames; else by the running values."""
         x = self.net(obs.flatten(0, -4).float() / 127.5 - 1)  # [N, C, h, w]
         if self.args.latent_norm == "batch":
             mean, var = self.mean, self.var
-            if batch_statistics:
-                mean = x.mean(0)  # [C, h, w]
-                var = (x - mean).square().mean()
-                with torch.no_grad():  # a memory of 10 batches: the encoder moves
+            if real is not None:
+                share = (real.flatten() / real.sum())[:, None, None, None]  # [N, 1, 1, 1], of the mean
+                mean = (share * x).sum(0)  # [C, h, w]
+                var = (share * (x - mean).square()).sum(0).mean()
+                with torch.no_grad():  # a memory of 10 batches, short because the encoder moves
                     self.num_batches += 1
                     weight = 1 / self.num_batches.clamp(max=10)
                     self.mean += weight * (mean - self.mean)
@@ -564,16 +567,16 @@ def karras_sigmas(n: int, sigma_min: float, sigma_max: float, rho: float) -> lis
 def euler_sample(denoise, noise: Tensor, sigmas: list[float], s_churn: float = 0.0, start: float | None = None) -> Tensor:
     """Algorithm 2 of Karras et al. 2022 with Euler steps only.
 
-    denoise(x, sigma) -> E[clean | x], for a float sigma. noise: [1 or N, *shape] unit noise; noise[0] starts the trajectory
-    with std `start` (default sigmas[0]), and noise[i] is the churn of step i, used if s_churn > 0.
+    denoise(x, sigma) -> E[clean | x], for a float sigma. noise: [1 or 1+N, *shape] unit noise; noise[0] starts the trajectory
+    with std `start` (default sigmas[0]), and noise[1+i] is the churn of step i, needed if s_churn > 0.
     """
     steps = len(sigmas) - 1
     x = noise[0] * (sigmas[0] if start is None else start)
     for i, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:])):
         sigma_hat = sigma
-        if s_churn > 0 and i > 0:  # the first x is pure noise already
+        if s_churn > 0:
             sigma_hat = sigma * (1 + min(s_churn / steps, math.sqrt(2) - 1))
-            x = x + math.sqrt(sigma_hat**2 - sigma**2) * noise[i]
+            x = x + math.sqrt(sigma_hat**2 - sigma**2) * noise[1 + i]
         d = (x - denoise(x, sigma_hat)) / sigma_hat
         x = x + (sigma_next - sigma_hat) * d
     return x
@@ -678,7 +681,7 @@ class Denoiser(nn.Module):
 
     @torch.no_grad()
     def sample(self, z_hist: Tensor, act_hist: Tensor, noise: Tensor) -> Tensor:
-        """Imagines the next latent [B, C, h, w]; noise [1 or N, B, C, h, w] as in euler_sample."""
+        """Imagines the next latent [B, C, h, w]; noise [1 or 1+N, B, C, h, w] as in euler_sample."""
 
         def denoise(y: Tensor, sigma: float) -> Tensor:
             c_in, c_out, c_skip, c_noise = self.precondition(torch.full((len(y),), sigma, device=y.device))
@@ -776,8 +779,8 @@ def gumbel(*shape: int, generator: torch.Generator) -> Tensor:
 
 
 def imagination_noise(args: Args, batch: int, num_actions: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """All randomness of a rollout: unit noise [H, 1 or N, B, C, h, w] and gumbel noise [H, B, A + 3 + 2]."""
-    draws, h = (args.num_denoising_steps if args.s_churn > 0 else 1), args.image_size // 8
+    """All randomness of a rollout: unit noise [H, 1 or 1+N, B, C, h, w] and gumbel noise [H, B, A + 3 + 2]."""
+    draws, h = 1 + args.num_denoising_steps * (args.s_churn > 0), args.image_size // 8
     shape = (args.horizon, draws, batch, args.encoder_channels[-1], h, h)
     noise = torch.randn(shape, generator=generator, device=generator.device)
     return noise, gumbel(args.horizon, batch, num_actions + 5, generator=generator)
@@ -829,7 +832,7 @@ def world_model_loss(agent: Agent, batch: Batch, sigma: Tensor, noise: Tensor, f
 
     The frames are encoded once; both losses reach the encoder. sigma, noise, feed_own: see Denoiser.loss.
     """
-    z = agent.encoder(batch.obs, batch_statistics=True)  # [B, L+H+1, C, h, w]
+    z = agent.encoder(batch.obs, batch.real)  # [B, L+H+1, C, h, w]
     k = agent.args.num_conditioning_steps + agent.args.num_autoregressive_steps
     diffusion_loss, logs = agent.denoiser.loss(z[:, :k], batch.act[:, :k], batch.real[:, :k], sigma, noise, feed_own)
     reward_end_loss, more = agent.reward_end.loss(z, batch.act[:, :-1], batch.rew[:, :-1], batch.end[:, :-1], batch.step[:, :-1])
@@ -944,7 +947,7 @@ def measure(agent: Agent, batch: Batch, *randomness: Tensor) -> dict[str, Tensor
     """Imagination beside reality on real segments: under the real actions, then under the policy's own.
 
     error_h: squared latent error h steps ahead / that of "no change" (1 = useless). accuracy_*: argmax of R inside imagination,
-    per real class, NaN where the class did not occur. imagination/return and real/return: sums over H steps of sign(reward).
+    per real class, NaN where the class did not occur. return_imagined and return_real: sums over H steps of sign(reward).
     """
     steps, horizon = agent.args.num_conditioning_steps, agent.args.horizon
     z = agent.encoder(batch.obs)  # [B, L+H+1, C, h, w]
@@ -969,10 +972,9 @@ def measure(agent: Agent, batch: Batch, *randomness: Tensor) -> dict[str, Tensor
     free = imagine(agent, *context, *randomness)
     alive = torch.cat([torch.ones_like(free.end[:, :1]), 1 - free.end[:, :-1]], 1).cumprod(1)
     complete = step[:, -1] | (end & step).any(1)  # the recording reaches H steps or the episode's end
-    logs["imagination/return"] = (free.rew * alive).sum(1).mean()
-    logs["real/return"] = ((rew * step).sum(1) * complete).sum() / complete.sum()
-    logs["latent/effective_rank"] = effective_rank(z[:, steps - 1].flatten(1))
-    return logs | {"latent/std": z.std(), "latent/abs_max": z.abs().max()}
+    logs["world_model/return_imagined"] = (free.rew * alive).sum(1).mean()
+    logs["world_model/return_real"] = ((rew * step).sum(1) * complete).sum() / complete.sum()
+    return logs | {"latent/effective_rank": effective_rank(z[:, steps - 1].flatten(1)), "latent/abs_max": z.abs().max()}
 
 
 # ====================================================================================================================
@@ -1042,10 +1044,10 @@ def evaluate_policy(agent: Agent, env_id: str, num_episodes: int, seed: int, *, 
 # The run directory: args, versions, source, metrics, checkpoint, result
 # ====================================================================================================================
 def resolve_device(name: str) -> torch.device:
-    """auto -> cuda, mps or cpu. Raises UsageError for a device that is not there."""
+    """auto -> cuda or cpu. Raises UsageError for a device that is not there."""
     available = {"cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available(), "cpu": 1}
     if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
+        name = "cuda" if available["cuda"] else "cpu"
     kind, _, index = name.partition(":")
     if int(index or 0) >= available.get(kind, 0):
         raise UsageError(f"--device {name}: not available here; use --device cpu, or install a torch build that sees your device")
@@ -1074,14 +1076,14 @@ def make_result(args: Args, evaluation: dict, global_step: int, wall_time_s: flo
     """The content of result.json: scores and everything that tells with what they may be compared."""
     source = pathlib.Path(__file__).resolve().parent
     git = subprocess.run(["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True)
-    atari, returns = "NoFrameskip" in args.env_id or "ALE/" in args.env_id, evaluation["returns"]
-    kwargs = gym.spec(args.env_id.rpartition(":")[2]).kwargs
+    spec, returns = gym.spec(args.env_id.rpartition(":")[2]), evaluation["returns"]
+    atari = is_atari(spec)
     return {
         "env_id": args.env_id, "game": game_name(args.env_id), "exp_name": args.exp_name, "seed": args.seed, "preset": args.preset,
         **evaluation, "mean_return": float(np.mean(returns)), "std_return": float(np.std(returns)),
         "protocol": {
             "episodes": len(returns), "policy": "sampled", "temperature": 1.0, "epsilon": 0.0, "noop_max": NOOP_MAX if atari else 0,
-            "frame_skip": FRAME_SKIP if atari else 1, "sticky_actions": kwargs.get("repeat_action_probability", 0.0),
+            "frame_skip": FRAME_SKIP if atari else 1, "sticky_actions": spec.kwargs.get("repeat_action_probability", 0.0),
             "life_loss_ends_episode": False, "reward_clipping": False, "checkpoint": "last", **protocol,
         },
         "global_step": global_step, "git_revision": git.stdout.strip() or "unknown", "wall_time_s": wall_time_s,
@@ -1195,7 +1197,7 @@ def check_args(args: Args) -> None:
         (args.image_size < 8 or args.image_size % 8, f"--image-size {args.image_size}: must be a multiple of 8, such as 64"),
         (args.horizon < 1, f"--horizon {args.horizon}: imagination needs at least 1 step"),
         (not 1 <= n <= longest, f"--num-autoregressive-steps {n}: must lie between 1 and --horizon + 1 = {longest}"),
-        (args.num_conditioning_steps < 1, "--num-conditioning-steps: must be at least 1"),
+        (args.num_conditioning_steps < 2, "--num-conditioning-steps: must be at least 2"),
         (args.cond_channels % (2 * args.num_conditioning_steps), "--cond-channels: must be a multiple of 2 x --num-conditioning-steps"),
         (args.denoiser_channels % 8, f"--denoiser-channels {args.denoiser_channels}: must be a multiple of 8"),
         (args.num_denoising_steps < 1, "--num-denoising-steps: must be at least 1"),
@@ -1223,9 +1225,13 @@ def duration(seconds: float) -> str:
 
 
 def memory_gib(device: torch.device) -> float:
-    """Peak memory: CUDA allocations, or the process' resident set."""
+    """Peak memory: CUDA allocations, or the process' resident set; NaN on Windows, which does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    if not find_spec("resource"):
+        return math.nan
+    import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
@@ -1270,7 +1276,6 @@ def main(args: Args) -> dict:
     device = resolve_device(args.device)
     args.device, args.preset = str(device), "paper" if args.preset == "auto" else args.preset
     print(f"preset {args.preset} (auto is paper with CUDA, small without), {args.env_id}, seed {args.seed}, device {device}", flush=True)
-    compiled = device.type == "cuda" if args.compile is None else args.compile
     state = load_checkpoint(pathlib.Path(args.resume)) if args.resume else None
     if state and state["device_type"] != device.type:
         raise UsageError(f"--device {device}: {args.resume} ran on {state['device_type']}, and its random state cannot move; go on there")
@@ -1280,7 +1285,7 @@ def main(args: Args) -> dict:
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     agent = Agent(args, num_actions).to(device)
-    trainer = Trainer(agent, args, device, compiled)
+    trainer = Trainer(agent, args, device, args.compile)
     buffer = ReplayBuffer(args.total_steps, args.image_size, device, args.recency_weights)
     progress = dict(epoch=0, world_model=0, actor_critic=0, first_steps=0, measured_steps=0, log_lines=0, wall_time=0.0,
                     reward_counts=[0, 0, 0], returns=[])  # fmt: skip
@@ -1345,7 +1350,7 @@ def main(args: Args) -> dict:
     print("parameters: " + ", ".join(f"{name} {n:,}" for name, n in sizes.items()) + f", in all {sum(sizes.values()):,}")
     print(f"plan: {args.total_steps:,} agent steps, {num_epochs():,} epochs, then {args.eval_episodes} full games; in {run_dir}")
     print(f"expected: {duration(remaining_seconds())} ({seconds['collect'] * 1e3:.1f} ms a step, {seconds['world_model'] * 1e3:.0f} ms a world-model "
-          f"update, {seconds['actor_critic'] * 1e3:.0f} ms an actor-critic update{', measured eager: compiled is faster' if compiled else ''})", flush=True)  # fmt: skip
+          f"update, {seconds['actor_critic'] * 1e3:.0f} ms an actor-critic update{', measured eager: compiled is faster' if args.compile else ''})", flush=True)  # fmt: skip
 
     while progress["epoch"] < num_epochs():
         epoch, metrics, clock = progress["epoch"], {}, {}
@@ -1397,7 +1402,7 @@ def main(args: Args) -> dict:
         logger.log(buffer.num_steps, metrics)
         shown = [(name, metrics.get(key)) for name, key in (
             ("denoising", "losses/denoising"), ("reward", "losses/reward"), ("end", "losses/end"), ("entropy", "losses/entropy"),
-            (f"error@{min(5, args.horizon)}", f"world_model/error_{min(5, args.horizon)}"), ("imagined", "imagination/return"), ("real", "real/return"))]  # fmt: skip
+            (f"error@{min(5, args.horizon)}", f"world_model/error_{min(5, args.horizon)}"), ("imagined", "world_model/return_imagined"), ("real", "world_model/return_real"))]  # fmt: skip
         print(f"epoch {progress['epoch']}/{num_epochs()} step {buffer.num_steps} return {np.mean(recent) if recent else math.nan:.2f} | "
               + " ".join(f"{name} {value:.3f}" for name, value in shown if value is not None)
               + f" | {buffer.num_steps / (time.time() - started + before):.1f} steps/s "
@@ -1437,10 +1442,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
                 flag = "--" + field.name.replace("_", "-")
                 raise UsageError(f"{flag} {given}: {first.resume} has {kept}; drop the flag, or start a new run without --resume")
         return args
-    preset = first.preset
-    if preset == "auto":
-        preset = "paper" if resolve_device(first.device).type == "cuda" else "small"
-    default = dataclasses.replace(Args(), **(SMALL if preset == "small" else {}))
+    cuda = resolve_device(first.device).type == "cuda"
+    preset = first.preset if first.preset != "auto" else "paper" if cuda else "small"
+    default = dataclasses.replace(Args(), compile=cuda, **(SMALL if preset == "small" else {}))
     return dataclasses.replace(tyro.cli(Args, args=argv, default=default), preset=preset)
 
 

@@ -36,7 +36,7 @@ class ProbeArgs(jedi.Args):
     """stop after this many world-model updates"""
     eval_every: int = 500
     """updates between two measurements"""
-    frames: int = 5_000
+    frames: int = 20_000
     """recorded training steps; a fifth as many are held out"""
     out: str | None = None
     """also append the measurements to this JSON-lines file"""
@@ -76,20 +76,20 @@ def measure(agent: jedi.Agent, train, held_out, device: torch.device) -> dict:
     """The numbers of the docstring at the top, for one state of the networks."""
     (buffer, ram, _), (test, test_ram, branches) = train, held_out
     args, steps = agent.args, agent.args.num_conditioning_steps
-    encode = lambda obs: torch.cat([agent.encoder(chunk) for chunk in obs.split(256)])  # noqa: E731
+    encode = lambda obs: torch.cat([agent.encoder(chunk) for chunk in obs.split(256)])  # noqa: E731  [N, C, h, w]
     slots = torch.nonzero(ram[:, 2] > 0).squeeze(1)  # ball in play
     features, targets = encode(buffer.obs[slots]).flatten(1).double(), ram[slots].double()
     mean, target_mean, fit = features.mean(0), targets.mean(0), len(slots) * 4 // 5
     x, y = features - mean, targets - target_mean
 
-    def ridge(strength: float, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        gram = x.T @ x
-        return torch.linalg.solve(gram + strength * gram.diagonal().mean() * torch.eye(len(gram), device=device), x.T @ y)
+    def ridge(x: torch.Tensor, y: torch.Tensor, strengths: list[float]) -> list[torch.Tensor]:
+        gram, eye = x.T @ x, torch.eye(x.shape[1], device=device, dtype=x.dtype)
+        return [torch.linalg.solve(gram + s * gram.diagonal().mean() * eye, x.T @ y) for s in strengths]
 
     # The strength is the one that predicts the last fifth of the training recording best
     strengths = [10.0**k for k in range(-6, 1)]
-    best = min(strengths, key=lambda s: (x[fit:] @ ridge(s, x[:fit], y[:fit]) - y[fit:]).abs().mean().item())
-    weights = ridge(best, x, y)
+    errors = [(x[fit:] @ weights - y[fit:]).abs().mean() for weights in ridge(x[:fit], y[:fit], strengths)]
+    (weights,) = ridge(x, y, [strengths[int(torch.stack(errors).argmin())]])
     decode = lambda z: ((z.flatten(-3).double() - mean) @ weights + target_mean).clamp(0, 255)  # noqa: E731  [..., 3]
 
     def imagine(batch: jedi.Batch, actions: torch.Tensor) -> torch.Tensor:
@@ -162,5 +162,5 @@ def main(args: ProbeArgs) -> list[dict]:
 
 
 if __name__ == "__main__":
-    preset = "paper" if "paper" in sys.argv else "small"
-    main(tyro.cli(ProbeArgs, default=ProbeArgs(**(jedi.SMALL if preset == "small" else {}))))
+    # On a CPU: the small preset, with short segments (the reward/end model is not measured here)
+    main(tyro.cli(ProbeArgs, default=ProbeArgs() if "paper" in sys.argv else ProbeArgs(**jedi.SMALL | dict(horizon=4, batch_size=16))))

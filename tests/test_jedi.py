@@ -84,7 +84,7 @@ def test_karras_sigmas():
 @pytest.mark.parametrize("s_churn", [0.0, 1.0])
 def test_sampler_recovers_a_gaussian(s_churn):
     mean, std, steps = 1.5, 0.5, 200
-    noise = torch.randn(steps if s_churn else 1, 20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = torch.randn(1 + steps if s_churn else 1, 20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     denoise = lambda x, sigma: (std**2 * x + sigma**2 * mean) / (std**2 + sigma**2)  # noqa: E731  E[clean | x]
     x = jedi.euler_sample(denoise, noise, jedi.karras_sigmas(steps, 2e-3, 80.0, 7.0), s_churn)
     assert x.mean().item() == pytest.approx(mean, abs=0.03) and x.std().item() == pytest.approx(std, abs=0.03)
@@ -109,8 +109,8 @@ def test_sampler_recovers_a_mixture():
 def test_sampler_denoises_at_sigma_hat():
     seen = []
     denoise = lambda x, sigma: seen.append(sigma) or x * 0  # noqa: E731
-    jedi.euler_sample(denoise, torch.zeros(3, 1), [4.0, 2.0, 1.0, 0.0], s_churn=0.9)
-    assert seen == pytest.approx([4.0, 2.0 * 1.3, 1.0 * 1.3])
+    jedi.euler_sample(denoise, torch.zeros(4, 1), [4.0, 2.0, 1.0, 0.0], s_churn=0.9)
+    assert seen == pytest.approx([4.0 * 1.3, 2.0 * 1.3, 1.0 * 1.3])
 
 
 @pytest.mark.parametrize("predict", ["absolute", "change"])
@@ -146,7 +146,7 @@ def test_batch_norm_of_latents_removes_what_never_changes():
     agent = make_agent(args)
     obs = torch.full((64, 3, 16, 16), 90, dtype=torch.uint8)
     obs[:, :, 2:6, 2:6] = torch.randint(0, 256, (64, 1, 1, 1), dtype=torch.uint8)
-    z = agent.encoder(obs, batch_statistics=True)
+    z = agent.encoder(obs, torch.ones(64, dtype=torch.bool))
     assert z.mean(0).abs().max() < 0.05 and z.std().item() == pytest.approx(args.sigma_data, rel=0.1)
     torch.testing.assert_close(agent.encoder(obs), z, atol=1e-4, rtol=1e-3)  # after one batch the running values are its own
 
@@ -194,8 +194,9 @@ def test_replay_grows_when_episodes_are_short():
     assert buffer.size == 80 and (batch.real.sum(1) == 2).all()  # each one the only step's frame and the final one
 
 
-def test_padding_never_enters_a_loss():
-    args = tiny()
+@pytest.mark.parametrize("form", [dict(), dict(latent_norm="batch", predict="change")], ids=["published", "small"])
+def test_padding_never_enters_a_loss(form):
+    args = tiny(**form)
     agent = make_agent(args)
     batch = filled_buffer(args).sample(64, args.num_conditioning_steps - 1, args.horizon + 1, torch.Generator().manual_seed(0))
     after = ~batch.real & (torch.arange(batch.real.shape[1]) >= args.num_conditioning_steps)
@@ -205,10 +206,14 @@ def test_padding_never_enters_a_loss():
         rew=torch.where(batch.step, batch.rew, 1.0), end=torch.where(batch.step, batch.end, 1),
         act=torch.where(after, 2, batch.act),
     )  # fmt: skip
+    start = {k: v.clone() for k, v in agent.state_dict().items()}  # running statistics
+    reset = lambda: agent.load_state_dict(start)  # noqa: E731
     noise = loss_inputs(args, 64)
     same, _ = jedi.world_model_loss(agent, batch, *noise)
+    reset()
     changed, _ = jedi.world_model_loss(agent, other, *noise)
     torch.testing.assert_close(same, changed)
+    reset()
     touched = batch._replace(rew=torch.where(batch.step & (batch.rew == 1), -1.0, batch.rew))  # while real data does enter
     assert jedi.world_model_loss(agent, touched, *noise)[0] != same
 
@@ -486,7 +491,7 @@ def test_two_runs_with_one_seed_are_bit_equal(tmp_path):
         assert (run_dir / name).exists(), name
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     keys = set().union(*lines)
-    assert {"losses/denoising", "world_model/error_1", "latent/effective_rank", "imagination/return", "real/return", "eval/episodic_return"} <= keys
+    assert {"losses/denoising", "world_model/error_1", "latent/effective_rank", "imagination/return", "world_model/return_real", "eval/episodic_return"} <= keys
     result = json.loads((run_dir / "result.json").read_text())
     assert result["preset"] == "small" and len(result["returns"]) == 3 and result["protocol"]["epsilon"] == 0.0
 
