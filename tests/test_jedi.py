@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 
+import evaluate
 import jedi
+from tests.toy import Catch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -650,6 +652,17 @@ def test_cuda_asked_for_and_absent(capsys):
     assert "--device cuda: not available" in capsys.readouterr().err
 
 
+def test_evaluate_plays_a_checkpoint(tmp_path, capsys):
+    """evaluate.py --checkpoint on a real run: the same agent, seed and games as the final score, and nothing lost."""
+    result, _, run_dir = run(tmp_path)
+    assert not evaluate.main(["--checkpoint", str(run_dir), "--episodes", "3", "--seed", "10001"])
+    again = json.loads((run_dir / "result.json").read_text())
+    assert again["returns"] == result["returns"] and again["protocol"] == result["protocol"]
+    assert json.loads((run_dir / "result.1.json").read_text())["returns"] == result["returns"]
+    (run_dir / "ckpt.pt").write_bytes((run_dir / "ckpt.pt").read_bytes()[:1000])
+    assert evaluate.main(["--checkpoint", str(run_dir)]) == 2 and "truncated" in capsys.readouterr().err
+
+
 def test_bad_resume(tmp_path, capsys):
     _, _, run_dir = run(tmp_path)
     whole = (run_dir / "ckpt.pt").read_bytes()
@@ -662,7 +675,6 @@ def test_bad_resume(tmp_path, capsys):
     assert "--batch-size 5" in (error := fails("--batch-size", "5")) and "has 4" in error  # other hyperparameters
     (run_dir / "ckpt.pt").write_bytes(whole[: len(whole) // 2])
     assert "truncated" in fails()
-    state = torch.load(ROOT / run_dir / "ckpt.pt", weights_only=True) if False else None
     (run_dir / "ckpt.pt").write_bytes(whole)
     state = torch.load(run_dir / "ckpt.pt", weights_only=True)
     torch.save(state | {"format": 0}, run_dir / "ckpt.pt")
@@ -708,6 +720,49 @@ def test_command_line_end_to_end(tmp_path):
 # --------------------------------------------------------------------------------------------------------------------
 # Slow: learning, and the compiled path
 # --------------------------------------------------------------------------------------------------------------------
+TOY = ["--env-id", "tests.toy:Catch-v0", "--preset", "small", "--image-size", "32", "--total-steps", "4000", "--world-model-updates", "50",
+       "--first-actor-critic-updates", "100", "--actor-critic-updates", "100", "--eval-episodes", "50"]  # fmt: skip
+
+
+def progress_made(result: dict) -> float:
+    """0: as the uniformly random policy, 1: as the optimal one. The random policy is played here, 2,000 games."""
+    env, rng, total = Catch(), np.random.default_rng(0), 0.0
+    env.reset(seed=0)
+    for _ in range(2000):
+        end = False
+        while not end:
+            _, reward, end, _, _ = env.step(int(rng.integers(3)))
+            total += reward
+        env.reset()
+    random, optimal = total / 2000, Catch.CATCHES
+    assert -0.6 < random < -0.3
+    return (result["mean_return"] - random) / (optimal - random)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_learns_the_toy_game(tmp_path, seed):
+    start = time.time()
+    subprocess.run([sys.executable, "jedi.py", *TOY, "--seed", str(seed), "--runs-dir", str(tmp_path), "--device", "cpu"], cwd=ROOT, check=True)
+    result = json.loads(next(tmp_path.glob("*/result.json")).read_text())
+    assert progress_made(result) >= 0.8, result["returns"]
+    assert time.time() - start < 15 * 60
+
+
+@pytest.mark.slow
+def test_does_not_learn_with_shuffled_actions(tmp_path, monkeypatch):
+    """The negative control: same budget, but the world model cannot know what the actions do."""
+    update = jedi.Trainer.update_world_model
+
+    def shuffled(self, batch):
+        order = torch.randperm(batch.act.numel(), generator=self.rng)
+        return update(self, batch._replace(act=batch.act.flatten()[order].view_as(batch.act)))
+
+    monkeypatch.setattr(jedi.Trainer, "update_world_model", shuffled)
+    result = jedi.main(jedi.parse_args([*TOY, "--seed", "1", "--runs-dir", str(tmp_path), "--device", "cpu"]))
+    assert progress_made(result) < 0.5, result["returns"]
+
+
 @pytest.mark.slow
 def test_compiled_equals_eager():
     """Inductor on the CPU: losses, gradients and the sampler on the same noise."""
