@@ -199,14 +199,14 @@ class Args:
 SMALL = dict(
     encoder_channels=(8, 16, 32, 16), latent_norm="batch", encoder_lr_scale=0.01, denoiser_channels=48, cond_channels=128, predict="change",
     reward_end_channels=16, lstm_dim=128, actor_critic_channels=(16, 32), horizon=10, ent_coef=0.01, batch_size=24, learning_rate=5e-4,
-    actor_critic_lr=5e-4, actor_critic_max_grad_norm=1.0, total_steps=2_000, first_collect_steps=1_000, first_collect_max=1_000,
+    actor_critic_lr=1e-3, actor_critic_max_grad_norm=1.0, total_steps=2_000, first_collect_steps=1_000, first_collect_max=1_000,
     steps_per_epoch=200, final_epochs=2, first_world_model_updates=300, world_model_updates=30, first_actor_critic_updates=50,
     actor_critic_updates=50, eval_episodes=10,
 )  # fmt: skip
 
 
 # ====================================================================================================================
-# Environment: the usual Atari protocol (Machado et al. 2018) without the frame-rate, colour and memory shortcuts
+# Environment: the usual Atari protocol (Machado et al. 2018), or any image environment as it is
 # ====================================================================================================================
 FRAME_SKIP, NOOP_MAX = 4, 30  # [D]
 
@@ -398,9 +398,11 @@ class ReplayBuffer:
             bounds, weights = self.parts
             part = torch.multinomial(weights, batch_size, replacement=True, generator=generator)  # [B]
             u = torch.rand(batch_size, generator=generator, device=self.device)
+            # DEVIATES: uniform over the part's steps; DIAMOND draws an episode of the part, then a step of it
             step = bounds[part] + (u * (bounds[part + 1] - bounds[part])).long()  # [B]
         anchor = self.slot_of_step[step, None]  # [B, 1]
         slot = anchor + torch.arange(-before, after + 1, device=self.device)  # [B, T]
+        # DEVIATES: before its episode a segment repeats the first frame; DIAMOND pads with zeros
         inside = torch.minimum(torch.maximum(slot, self.first[anchor]), torch.full_like(slot, self.size - 1))
         real = (slot == inside) & (self.episode[inside] == self.episode[anchor])
         step = real & self.has_step[inside]
@@ -639,12 +641,10 @@ class Denoiser(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
     def to_latent(self, y: Tensor, z_hist: Tensor) -> Tensor:
-        """y -> the latent that it stands for, inside the encoder's range.
-
-        DEVIATES: a hard clamp instead of C(z) = s tanh(z / s), which is not the identity on the encoder's outputs: applied
-        again at every imagined step it would shrink them without end.
-        """
+        """y -> the latent that it stands for, inside the encoder's range."""
         base, scale = self.origin(z_hist)
+        # DEVIATES: a hard clamp, not C(z) = s tanh(z / s), which is not the identity on the encoder's outputs: applied again at
+        # every imagined step it would shrink them without end
         return (base + scale * y).clamp(-self.args.latent_bound, self.args.latent_bound)
 
     def loss(self, z: Tensor, act: Tensor, real: Tensor, sigma: Tensor, noise: Tensor, feed_own: Tensor) -> tuple[Tensor, dict]:
@@ -657,7 +657,9 @@ class Denoiser(nn.Module):
         z_next, hist = z.detach(), list(z.unbind(1))  # stop-gradient on the target; hist is not stopped: E learns through it
         change = (z_next[:, 1:] - z_next[:, :-1]).square().mean((2, 3, 4))  # [B, L+n-1]
         change_rms = masked_mean(change, real[:, 1:] & real[:, :-1]).sqrt()
-        self.track_change(change_rms)
+        with torch.no_grad():  # the mean of the first 100 updates, then a memory of 100
+            self.num_updates += 1
+            self.change_rms += (change_rms - self.change_rms) / self.num_updates.clamp(max=100)
         loss_sum = 0.0
         for i in range(n):
             z_hist = torch.stack(hist[i : i + steps], 1)  # [B, L, C, h, w]
@@ -666,18 +668,12 @@ class Denoiser(nn.Module):
             y_noisy = y + sigma[i, :, None, None, None] * noise[i]
             c_in, c_out, c_skip, c_noise = self.precondition(sigma[i])
             output = self.F_z(c_in * y_noisy, c_noise, z_hist, act[:, i : i + steps])
-            target = (y - c_skip * y_noisy) / c_out
+            target = (y - c_skip * y_noisy) / c_out  # Karras et al. 2022, Eq. 8 with lambda(sigma) = 1 / c_out^2
             error = (output - target).square().mean((1, 2, 3))  # [B]
             loss_sum = loss_sum + masked_mean(error, real[:, steps + i])
             denoised = self.to_latent(c_skip * y_noisy + c_out * output, z_hist).detach()
             hist[steps + i] = torch.where(feed_own, denoised, hist[steps + i])  # random switching
         return loss_sum / n, {"losses/denoising": loss_sum.detach() / n, "latent/change_rms": change_rms}
-
-    @torch.no_grad()
-    def track_change(self, rms: Tensor) -> None:
-        """Follows the rms of the latents' change: a mean over the first 100 updates, then a memory of 100."""
-        self.num_updates += 1
-        self.change_rms += (rms - self.change_rms) / self.num_updates.clamp(max=100)
 
     @torch.no_grad()
     def sample(self, z_hist: Tensor, act_hist: Tensor, noise: Tensor) -> Tensor:
@@ -830,8 +826,9 @@ class Agent(nn.Module):
 def world_model_loss(agent: Agent, batch: Batch, sigma: Tensor, noise: Tensor, feed_own: Tensor) -> tuple[Tensor, dict]:
     """Diffusion loss + reward/end loss on one batch of segments with L-1 frames before the anchor and H+1 after it.
 
-    The frames are encoded once; both losses reach the encoder. sigma, noise, feed_own: see Denoiser.loss.
+    Both losses reach the encoder. sigma, noise, feed_own: see Denoiser.loss.
     """
+    # DEVIATES: one batch, encoded once, feeds both losses; DIAMOND draws one for each
     z = agent.encoder(batch.obs, batch.real)  # [B, L+H+1, C, h, w]
     k = agent.args.num_conditioning_steps + agent.args.num_autoregressive_steps
     diffusion_loss, logs = agent.denoiser.loss(z[:, :k], batch.act[:, :k], batch.real[:, :k], sigma, noise, feed_own)
@@ -842,9 +839,11 @@ def world_model_loss(agent: Agent, batch: Batch, sigma: Tensor, noise: Tensor, f
 def actor_critic_loss(agent: Agent, rollout: Rollout) -> tuple[Tensor, dict]:
     """REINFORCE with lambda-returns and a value baseline on an imagined rollout. No loss after an imagined end."""
     args, horizon = agent.args, rollout.act.shape[1]
+    # DEVIATES: the gradient also flows through the LSTM's burn-in on the context; DIAMOND stops it at the rollout's start
     logits, value, _ = agent.actor_critic(rollout.z, rollout.real)  # [B, L+H, A], [B, L+H]
     logits, value = logits[:, -horizon - 1 : -1], value[:, -horizon - 1 :]  # [B, H, A], [B, H+1]
     returns = lambda_returns(rollout.rew, rollout.end, value.detach(), args.gamma, args.lambda_)  # [B, H]
+    # DEVIATES: after an imagined end nothing counts; DIAMOND begins another rollout there
     alive = torch.cat([torch.ones_like(rollout.end[:, :1]), 1 - rollout.end[:, :-1]], 1).cumprod(1).bool()  # [B, H]
     log_probs = logits.log_softmax(-1)  # [B, H, A]
     log_prob = log_probs.gather(-1, rollout.act[..., None]).squeeze(-1)  # [B, H]
@@ -1240,12 +1239,16 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """The first Ctrl-C or SIGTERM asks for a stop after the current update; a second one kills."""
+    """While it is entered, the first Ctrl-C or SIGTERM asks for a stop after the current update; a second one kills."""
 
-    def __init__(self):
+    def __enter__(self):
         self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self)
+        self.previous = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
     def __call__(self, number, frame):
         self.signal = number
@@ -1272,6 +1275,12 @@ def measure_speed(args: Args, num_actions: int, device: torch.device) -> dict[st
 
 def main(args: Args) -> dict:
     """Trains, evaluates and returns the content of result.json. Raises UsageError, or Interrupted after a signal."""
+    with StopRequest() as stop:
+        return run(args, stop)
+
+
+def run(args: Args, stop: StopRequest) -> dict:
+    """The whole program; see main."""
     check_args(args)
     device = resolve_device(args.device)
     args.device, args.preset = str(device), "paper" if args.preset == "auto" else args.preset
@@ -1309,7 +1318,7 @@ def main(args: Args) -> dict:
         except OSError as error:
             raise UsageError(f"--runs-dir {args.runs_dir}: cannot write there ({error.strerror}); name another directory") from None
     collector = Collector(agent, buffer, trainer.rng, args.seed + buffer.num_steps)
-    logger, stop, started, saved_at = Logger(args, run_dir, progress["log_lines"]), StopRequest(), time.time(), time.time()
+    logger, started, saved_at = Logger(args, run_dir, progress["log_lines"]), time.time(), time.time()
     before = progress["wall_time"]
 
     def num_epochs() -> int:

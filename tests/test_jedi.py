@@ -1,6 +1,7 @@
 """Tests of jedi.py. `pytest` runs those of seconds; `pytest -m slow` those that train."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -430,6 +431,42 @@ def test_every_field_is_documented_and_read():
     hyperparameters = block[block.index("# Environment and replay") :]
     for name, docstring in re.findall(r"\n    (\w+): [^\n]+\n    \"\"\"([^\n]+)\"\"\"", hyperparameters):
         assert re.search(r"\[[PDO]\b", docstring) or "not comparable" in docstring or "EDM" in docstring, f"{name} has no provenance"
+
+
+def test_readme_table_holds_the_presets():
+    """The last two columns of the README's hyperparameter table are Args and SMALL."""
+
+    def shown(value) -> str:
+        if isinstance(value, (tuple, bool)):
+            return ", ".join(map(str, value)) if isinstance(value, tuple) else ("yes" if value else "no")
+        return str(value).replace(",", "")
+
+    rows = re.findall(r"^\| `--([\w-]+)` \|.*\| ([^|]+) \| ([^|]+) \|$", (ROOT / "README.md").read_text(), flags=re.M)
+    assert len(rows) > 50
+    for flag, paper, small in rows:
+        name, default = flag.replace("-", "_"), jedi.Args()
+        for text, value in ((paper, getattr(default, name)), (small, jedi.SMALL.get(name, "="))):
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                assert float(text.replace(",", "")) == value, (flag, text, value)
+            else:
+                assert text == shown(value), (flag, text, value)
+
+
+def test_readme_fork_example_works(tmp_path):
+    """The diff of the worked example applies to jedi.py, and the direct predictor that it makes overfits one batch."""
+    diff = re.search(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)[1].replace("jedi_mse.py", "jedi.py")
+    (tmp_path / "jedi.py").write_text((ROOT / "jedi.py").read_text())
+    subprocess.run(["git", "apply", "-p0", "-"], cwd=tmp_path, input=diff, text=True, check=True)
+    spec = importlib.util.spec_from_file_location("jedi_mse", tmp_path / "jedi.py")
+    fork = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fork)
+    args = fork.Args(**TINY | dict(learning_rate=3e-3, warmup_updates=1))
+    torch.manual_seed(0)
+    agent, buffer = fork.Agent(args, 3), filled_buffer(args)
+    trainer = fork.Trainer(agent, args, CPU, compiled=False)
+    batch = trainer.segments(buffer)
+    losses = [trainer.update_world_model(batch)["losses/denoising"].item() for _ in range(150)]
+    assert losses[-1] < 0.1 * losses[0]
 
 
 def test_paper_preset_has_the_published_size():
