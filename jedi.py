@@ -55,7 +55,7 @@ class UsageError(Exception):
 @dataclasses.dataclass
 class Args:
     env_id: str = "BreakoutNoFrameskip-v4"
-    """gymnasium id: <Game>NoFrameskip-v4, or module:Name-v0 for any environment with image observations and discrete actions"""
+    """gymnasium id: <Game>NoFrameskip-v4, or module:Name-v0 for one of image observations and Discrete actions"""
     preset: Literal["auto", "paper", "small"] = "auto"
     """paper: the published size and schedule; small: minutes on a CPU; auto: paper on CUDA, else small. Flags win over it"""
     seed: int = 1
@@ -197,11 +197,11 @@ class Args:
 
 
 SMALL = dict(
-    encoder_channels=(8, 16, 32, 16), latent_norm="batch", encoder_lr_scale=0.01, denoiser_channels=48, cond_channels=128, predict="change",
-    reward_end_channels=16, lstm_dim=128, actor_critic_channels=(16, 32), horizon=10, ent_coef=0.01, batch_size=24, learning_rate=5e-4,
-    actor_critic_lr=1e-3, actor_critic_max_grad_norm=1.0, total_steps=2_000, first_collect_steps=1_000, first_collect_max=1_000,
-    steps_per_epoch=200, final_epochs=2, first_world_model_updates=300, world_model_updates=30, first_actor_critic_updates=50,
-    actor_critic_updates=50, eval_episodes=10,
+    encoder_channels=(8, 16, 32, 16), latent_norm="batch", encoder_lr_scale=0.01, denoiser_channels=48, cond_channels=128,
+    predict="change", reward_end_channels=16, lstm_dim=128, actor_critic_channels=(16, 32), horizon=10, ent_coef=0.01, batch_size=24,
+    learning_rate=5e-4, actor_critic_lr=1e-3, actor_critic_max_grad_norm=1.0, total_steps=2_000, first_collect_steps=1_000,
+    first_collect_max=1_000, steps_per_epoch=200, final_epochs=2, first_world_model_updates=300, world_model_updates=30,
+    first_actor_critic_updates=50, actor_critic_updates=50, eval_episodes=10,
 )  # fmt: skip
 
 
@@ -212,7 +212,7 @@ FRAME_SKIP, NOOP_MAX = 4, 30  # [D]
 
 
 def area_weights(size_in: int, size_out: int) -> np.ndarray:
-    """[size_out, size_in]: the share of each input pixel in each output bin. Bins overlap pixels fractionally (cv2.INTER_AREA)."""
+    """[size_out, size_in]: the share of each input pixel in each output bin, fractional at the edges as in cv2.INTER_AREA."""
     edges = np.linspace(0, size_in, size_out + 1)
     lower, upper = edges[:-1, None], edges[1:, None]  # [size_out, 1]
     pixel = np.arange(size_in)[None]  # [1, size_in]
@@ -294,7 +294,9 @@ def make_env(env_id: str, seed: int, training: bool, image_size: int = 64, allow
         importlib.import_module(module) if module else None
         spec = gym.spec(name)
     except ImportError as error:
-        raise UsageError(f"--env-id {env_id}: {error}; the part before the colon is a Python module that registers the environment") from None
+        raise UsageError(
+            f"--env-id {env_id}: {error}; the part before the colon is a Python module that registers the environment"
+        ) from None
     except (gym.error.Error, ValueError):
         close = difflib.get_close_matches(name, list(gym.registry), n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}?" if close else "an Atari id looks like BreakoutNoFrameskip-v4"
@@ -304,15 +306,17 @@ def make_env(env_id: str, seed: int, training: bool, image_size: int = 64, allow
         if (sticky or skip != 1) and not allow_sticky:
             game = "".join(part.capitalize() for part in str(spec.kwargs["game"]).split("_"))
             raise UsageError(
-                f"--env-id {env_id} repeats the last action with probability {sticky} (sticky actions) and skips {skip} frames by "
-                f"itself; Atari 100k scores use --env-id {game}NoFrameskip-v4. Pass --allow-sticky to keep the stickiness knowingly"
+                f"--env-id {env_id} repeats the last action with probability {sticky} (sticky actions) and skips {skip} frames "
+                f"itself; Atari 100k is --env-id {game}NoFrameskip-v4. Pass --allow-sticky to keep the stickiness knowingly"
             )
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
     env = gym.make(name, **(dict(frameskip=1) if atari else {}))
     space = env.observation_space
     if not (isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and len(space.shape) in (2, 3)
             and (space.shape[2:] in ((), (1,), (3,)))):  # fmt: skip
-        raise UsageError(f"--env-id {env_id}: observations are {space}, not uint8 images [height, width, 1 or 3]; choose another env")
+        raise UsageError(
+            f"--env-id {env_id}: observations are {space}, not uint8 images [height, width, 1 or 3]; choose another env"
+        )
     if not isinstance(env.action_space, gym.spaces.Discrete):
         raise UsageError(f"--env-id {env_id}: actions are {env.action_space}, not Discrete; choose another environment")
     env = AtariGame(env) if atari else env
@@ -411,7 +415,9 @@ class ReplayBuffer:
 
     def state_dict(self) -> dict:
         state = {name: getattr(self, name)[: self.size].clone() for name in self.FIELDS}
-        return state | dict(slot_of_step=self.slot_of_step.clone(), num_steps=self.num_steps, starts=list(self.first_step_of_episode))
+        return state | dict(
+            slot_of_step=self.slot_of_step.clone(), num_steps=self.num_steps, starts=list(self.first_step_of_episode)
+        )
 
     def load_state_dict(self, state: dict) -> None:
         self.size, self.num_steps, self.first_step_of_episode = len(state["obs"]), state["num_steps"], list(state["starts"])
@@ -509,7 +515,7 @@ class LSTM(nn.Module):
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x where mask holds, of one shape; 0 if it holds nowhere. The shapes are fixed, so this compiles and never syncs."""
+    """Mean of x where mask holds (of one shape), 0 if nowhere. Unlike x[mask].mean() it has fixed shapes and never syncs."""
     return torch.where(mask, x, 0).sum() / mask.sum().clamp(min=1)
 
 
@@ -538,7 +544,7 @@ class Encoder(nn.Module):
         self.register_buffer("num_batches", torch.tensor(0.0))
 
     def forward(self, obs: Tensor, real: Tensor | None = None) -> Tensor:
-        """With `real` [...], as in the world model's update, normalises by this batch's real frames; else by the running values."""
+        """With `real` [...], as in the world model's update, normalises by these real frames; else by the running values."""
         x = self.net(obs.flatten(0, -4).float() / 127.5 - 1)  # [N, C, h, w]
         if self.args.latent_norm == "batch":
             mean, var = self.mean, self.var
@@ -593,7 +599,12 @@ class Denoiser(nn.Module):
     def __init__(self, args: Args, num_actions: int):
         super().__init__()
         self.args = args
-        steps, latent, width, cond = args.num_conditioning_steps, args.encoder_channels[-1], args.denoiser_channels, args.cond_channels
+        steps, latent, width, cond = (
+            args.num_conditioning_steps,
+            args.encoder_channels[-1],
+            args.denoiser_channels,
+            args.cond_channels,
+        )
         self.register_buffer("fourier", torch.randn(cond // 2))
         self.action_embedding = nn.Embedding(num_actions, cond // steps)
         self.cond_mlp = nn.Sequential(nn.Linear(cond, cond), nn.SiLU(), nn.Linear(cond, cond))
@@ -617,7 +628,7 @@ class Denoiser(nn.Module):
         return c_in, c_out, c_skip, c_noise
 
     def origin(self, z_hist: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """base and scale of y. The base is stopped: it is part of the target, and the encoder must not learn to make it easy."""
+        """base and scale of y. The base is stopped: it is part of the target, which the encoder must not learn to make easy."""
         if self.args.predict == "absolute":
             return 0.0, 1.0
         return z_hist[:, -1].detach(), self.change_rms.clamp(min=1e-4) / self.args.sigma_data
@@ -643,12 +654,14 @@ class Denoiser(nn.Module):
     def to_latent(self, y: Tensor, z_hist: Tensor) -> Tensor:
         """y -> the latent that it stands for, inside the encoder's range."""
         base, scale = self.origin(z_hist)
-        # DEVIATES: a hard clamp, not C(z) = s tanh(z / s), which is not the identity on the encoder's outputs: applied again at
-        # every imagined step it would shrink them without end
+        # DEVIATES: a hard clamp, not C(z) = s tanh(z / s), which is not the identity on the encoder's outputs: applied again
+        # at every imagined step it would shrink them without end
         return (base + scale * y).clamp(-self.args.latent_bound, self.args.latent_bound)
 
-    def loss(self, z: Tensor, act: Tensor, real: Tensor, sigma: Tensor, noise: Tensor, feed_own: Tensor) -> tuple[Tensor, dict]:
-        """The joint-embedding diffusion loss, also called self-consistency objective (2505.19698), over n autoregressive steps.
+    def loss(
+        self, z: Tensor, act: Tensor, real: Tensor, sigma: Tensor, noise: Tensor, feed_own: Tensor
+    ) -> tuple[Tensor, dict]:
+        """The joint-embedding diffusion loss, or self-consistency objective (2505.19698), over n autoregressive steps.
 
         z [B, L+n, C, h, w] encoded frames, act [B, L+n], real [B, L+n]; sigma [n, B] noise levels and noise [n, B, C, h, w];
         feed_own: bool [], whether step i + 1 is conditioned on the denoiser's own latent (as in imagination) or the encoder's.
@@ -729,7 +742,9 @@ class ActorCritic(nn.Module):
     def __init__(self, args: Args, num_actions: int):
         super().__init__()
         (c1, c2), h = args.actor_critic_channels, args.image_size // 8
-        self.conv = nn.Sequential(ResBlock(args.encoder_channels[-1], c1), ResBlock(c1, c2), nn.MaxPool2d(2, ceil_mode=True), nn.Flatten())
+        self.conv = nn.Sequential(
+            ResBlock(args.encoder_channels[-1], c1), ResBlock(c1, c2), nn.MaxPool2d(2, ceil_mode=True), nn.Flatten()
+        )
         self.lstm = LSTM(c2 * ((h + 1) // 2) ** 2, args.lstm_dim)
         self.actor, self.critic = nn.Linear(args.lstm_dim, num_actions), nn.Linear(args.lstm_dim, 1)
         for parameter in [*self.actor.parameters(), *self.critic.parameters()]:
@@ -783,10 +798,12 @@ def imagination_noise(args: Args, batch: int, num_actions: int, generator: torch
 
 
 @torch.no_grad()
-def imagine(agent, z: Tensor, act: Tensor, real: Tensor, noise: Tensor, gumbels: Tensor, actions: Tensor | None = None) -> Rollout:
+def imagine(
+    agent, z: Tensor, act: Tensor, real: Tensor, noise: Tensor, gumbels: Tensor, actions: Tensor | None = None
+) -> Rollout:
     """Rolls policy and world model H steps from the contexts z [B, L, C, h, w], act [B, L] (the last one unused), real [B, L].
 
-    noise, gumbels: see imagination_noise. With `actions` [B, H] the policy is not asked: how imagination is held beside reality.
+    noise, gumbels: see imagination_noise. With `actions` [B, H] the policy is not asked: so imagination is held beside reality.
     """
     steps, num_actions = z.shape[1], gumbels.shape[-1] - 5
     _, _, policy_state = agent.actor_critic(z[:, :-1], real[:, :-1])  # both LSTMs burn in on the context
@@ -832,7 +849,9 @@ def world_model_loss(agent: Agent, batch: Batch, sigma: Tensor, noise: Tensor, f
     z = agent.encoder(batch.obs, batch.real)  # [B, L+H+1, C, h, w]
     k = agent.args.num_conditioning_steps + agent.args.num_autoregressive_steps
     diffusion_loss, logs = agent.denoiser.loss(z[:, :k], batch.act[:, :k], batch.real[:, :k], sigma, noise, feed_own)
-    reward_end_loss, more = agent.reward_end.loss(z, batch.act[:, :-1], batch.rew[:, :-1], batch.end[:, :-1], batch.step[:, :-1])
+    reward_end_loss, more = agent.reward_end.loss(
+        z, batch.act[:, :-1], batch.rew[:, :-1], batch.end[:, :-1], batch.step[:, :-1]
+    )
     return diffusion_loss + reward_end_loss, logs | more | {"latent/std": z.detach().std()}
 
 
@@ -895,7 +914,11 @@ class Trainer:
 
     def phases(self):
         """The two kinds of update in their order: name, update, how its batch is drawn."""
-        return ("world_model", self.update_world_model, self.segments), ("actor_critic", self.update_actor_critic, self.contexts)
+        return ("world_model", self.update_world_model, self.segments), (
+            "actor_critic",
+            self.update_actor_critic,
+            self.contexts,
+        )
 
     def update_world_model(self, batch: Batch) -> dict[str, Tensor]:
         """One step of encoder, denoiser and reward/end model on a batch from `segments`."""
@@ -945,7 +968,7 @@ def effective_rank(x: Tensor) -> Tensor:
 def measure(agent: Agent, batch: Batch, *randomness: Tensor) -> dict[str, Tensor]:
     """Imagination beside reality on real segments: under the real actions, then under the policy's own.
 
-    error_h: squared latent error h steps ahead / that of "no change" (1 = useless). accuracy_*: argmax of R inside imagination,
+    error_h: squared latent error h steps ahead / that of "no change" (1: useless). accuracy_*: argmax of R in imagination,
     per real class, NaN where the class did not occur. return_imagined and return_real: sums over H steps of sign(reward).
     """
     steps, horizon = agent.args.num_conditioning_steps, agent.args.horizon
@@ -957,7 +980,11 @@ def measure(agent: Agent, batch: Batch, *randomness: Tensor) -> dict[str, Tensor
     z_real, real = z[:, steps : steps + horizon], batch.real[:, steps : steps + horizon]  # [B, H, C, h, w], [B, H]
     error = (forced.z[:, steps:] - z_real).square().mean((2, 3, 4))  # [B, H]
     no_change = (z[:, steps - 1 : steps] - z_real).square().mean((2, 3, 4))  # [B, H]
-    logs = {f"world_model/error_{h}": (error * real)[:, h - 1].sum() / (no_change * real)[:, h - 1].sum() for h in {1, 5, horizon} if h <= horizon}
+    logs = {
+        f"world_model/error_{h}": (error * real)[:, h - 1].sum() / (no_change * real)[:, h - 1].sum()
+        for h in {1, 5, horizon}
+        if h <= horizon
+    }
 
     def accuracy(correct: Tensor, of_class: Tensor) -> Tensor:
         return (correct & of_class & step).sum() / (of_class & step).sum()
@@ -1049,7 +1076,9 @@ def resolve_device(name: str) -> torch.device:
         name = "cuda" if available["cuda"] else "cpu"
     kind, _, index = name.partition(":")
     if int(index or 0) >= available.get(kind, 0):
-        raise UsageError(f"--device {name}: not available here; use --device cpu, or install a torch build that sees your device")
+        raise UsageError(
+            f"--device {name}: not available here; use --device cpu, or install a torch build that sees your device"
+        )
     return torch.device(name)
 
 
@@ -1074,15 +1103,16 @@ def versions(device: torch.device) -> dict[str, str]:
 def make_result(args: Args, evaluation: dict, global_step: int, wall_time_s: float, **protocol) -> dict:
     """The content of result.json: scores and everything that tells with what they may be compared."""
     source = pathlib.Path(__file__).resolve().parent
-    git = subprocess.run(["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True)
+    command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40"]
+    git = subprocess.run(command, capture_output=True, text=True)
     spec, returns = gym.spec(args.env_id.rpartition(":")[2]), evaluation["returns"]
-    atari = is_atari(spec)
+    noops, skip = (NOOP_MAX, FRAME_SKIP) if is_atari(spec) else (0, 1)
     return {
-        "env_id": args.env_id, "game": game_name(args.env_id), "exp_name": args.exp_name, "seed": args.seed, "preset": args.preset,
-        **evaluation, "mean_return": float(np.mean(returns)), "std_return": float(np.std(returns)),
+        "env_id": args.env_id, "game": game_name(args.env_id), "exp_name": args.exp_name, "seed": args.seed,
+        "preset": args.preset, **evaluation, "mean_return": float(np.mean(returns)), "std_return": float(np.std(returns)),
         "protocol": {
-            "episodes": len(returns), "policy": "sampled", "temperature": 1.0, "epsilon": 0.0, "noop_max": NOOP_MAX if atari else 0,
-            "frame_skip": FRAME_SKIP if atari else 1, "sticky_actions": spec.kwargs.get("repeat_action_probability", 0.0),
+            "episodes": len(returns), "policy": "sampled", "temperature": 1.0, "epsilon": 0.0, "noop_max": noops,
+            "frame_skip": skip, "sticky_actions": spec.kwargs.get("repeat_action_probability", 0.0),
             "life_loss_ends_episode": False, "reward_clipping": False, "checkpoint": "last", **protocol,
         },
         "global_step": global_step, "git_revision": git.stdout.strip() or "unknown", "wall_time_s": wall_time_s,
@@ -1101,7 +1131,7 @@ def save_checkpoint(path: pathlib.Path, state: dict) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
-        kept = f"the previous checkpoint is intact: free space, then --resume {path.parent}" if path.exists() else "free space and start again"
+        kept = f"the previous one is intact: free space, then --resume {path.parent}" if path.exists() else "free space first"
         raise UsageError(f"{path}: could not write the checkpoint ({str(error).splitlines()[0]}); {kept}") from None
 
 
@@ -1114,7 +1144,8 @@ def load_checkpoint(run_dir: pathlib.Path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = state["format"]
     except Exception as error:
-        raise UsageError(f"{path}: truncated, or not a checkpoint of jedi.py ({type(error).__name__}); restore a copy or start a new run") from None
+        reason = f"truncated, or not a checkpoint of jedi.py ({type(error).__name__})"
+        raise UsageError(f"{path}: {reason}; restore a copy or start a new run") from None
     if found != CHECKPOINT_FORMAT or set(state["args"]) != {field.name for field in dataclasses.fields(Args)}:
         raise UsageError(f"{path}: written by another version of jedi.py; continue it with the copy of jedi.py in {run_dir}")
     return state
@@ -1149,8 +1180,8 @@ class Logger:
         if args.track:
             import wandb
 
-            self.wandb = wandb
-            wandb.init(project="jedi", name=run_dir.name, id=run_dir.name, resume="allow", config=dataclasses.asdict(args), dir=run_dir)
+            config, self.wandb = dataclasses.asdict(args), wandb
+            wandb.init(project="jedi", name=run_dir.name, id=run_dir.name, resume="allow", config=config, dir=run_dir)
         if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -1191,27 +1222,31 @@ class Means:
 # ====================================================================================================================
 def check_args(args: Args) -> None:
     """Raises UsageError for budgets and sizes that cannot work."""
-    n, longest = args.num_autoregressive_steps, args.horizon + 1
+    for name in ("horizon", "num_denoising_steps", "batch_size", "first_collect_steps", "steps_per_epoch", "eval_episodes"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    collect, n = f"--first-collect-steps {args.first_collect_steps}", args.num_autoregressive_steps
     wrong = [
         (args.image_size < 8 or args.image_size % 8, f"--image-size {args.image_size}: must be a multiple of 8, such as 64"),
-        (args.horizon < 1, f"--horizon {args.horizon}: imagination needs at least 1 step"),
-        (not 1 <= n <= longest, f"--num-autoregressive-steps {n}: must lie between 1 and --horizon + 1 = {longest}"),
+        (not 1 <= n <= args.horizon + 1, f"--num-autoregressive-steps {n}: must lie between 1 and --horizon + 1"),
         (args.num_conditioning_steps < 2, "--num-conditioning-steps: must be at least 2"),
-        (args.cond_channels % (2 * args.num_conditioning_steps), "--cond-channels: must be a multiple of 2 x --num-conditioning-steps"),
+        (
+            args.cond_channels % (2 * args.num_conditioning_steps),
+            "--cond-channels: must divide by 2 x --num-conditioning-steps",
+        ),
         (args.denoiser_channels % 8, f"--denoiser-channels {args.denoiser_channels}: must be a multiple of 8"),
-        (args.num_denoising_steps < 1, "--num-denoising-steps: must be at least 1"),
-        (args.batch_size < 1, f"--batch-size {args.batch_size}: must be at least 1"),
-        (args.first_collect_steps < 1, "--first-collect-steps: must be at least 1"),
-        (args.first_collect_max < args.first_collect_steps, "--first-collect-max: must be at least --first-collect-steps"),
-        (args.total_steps < args.first_collect_steps,
-         f"--total-steps {args.total_steps}: fewer than the first collection, --first-collect-steps {args.first_collect_steps}"),
-        (args.batch_size > args.first_collect_steps,
-         f"--batch-size {args.batch_size}: larger than the replay after --first-collect-steps {args.first_collect_steps}"),
-        (args.steps_per_epoch < 1, "--steps-per-epoch: must be at least 1"),
-        (args.eval_episodes < 1, "--eval-episodes: must be at least 1"),
-        (args.track and not find_spec("wandb"), "--track needs the package wandb: pip install wandb, or drop the flag"),
-        (args.tensorboard and not find_spec("tensorboard"), "--tensorboard needs its package: pip install tensorboard, or drop the flag"),
-    ]  # fmt: skip
+        (args.first_collect_max < args.first_collect_steps, f"--first-collect-max: must be at least {collect}"),
+        (args.total_steps < args.first_collect_steps, f"--total-steps {args.total_steps}: must be at least {collect}"),
+        (
+            args.batch_size > args.first_collect_steps,
+            f"--batch-size {args.batch_size}: must be at most {collect}, the first replay",
+        ),
+        (args.track and not find_spec("wandb"), "--track needs wandb: pip install wandb, or drop the flag"),
+        (
+            args.tensorboard and not find_spec("tensorboard"),
+            "--tensorboard needs it: pip install tensorboard, or drop the flag",
+        ),
+    ]
     for failed, message in wrong:
         if failed:
             raise UsageError(message)
@@ -1284,10 +1319,15 @@ def run(args: Args, stop: StopRequest) -> dict:
     check_args(args)
     device = resolve_device(args.device)
     args.device, args.preset = str(device), "paper" if args.preset == "auto" else args.preset
-    print(f"preset {args.preset} (auto is paper with CUDA, small without), {args.env_id}, seed {args.seed}, device {device}", flush=True)
+    print(
+        f"preset {args.preset} (auto: paper with CUDA, else small), {args.env_id}, seed {args.seed}, device {device}",
+        flush=True,
+    )
     state = load_checkpoint(pathlib.Path(args.resume)) if args.resume else None
     if state and state["device_type"] != device.type:
-        raise UsageError(f"--device {device}: {args.resume} ran on {state['device_type']}, and its random state cannot move; go on there")
+        raise UsageError(
+            f"--device {device}: {args.resume} ran on {state['device_type']}; its random state cannot move, go on there"
+        )
     num_actions = int(make_env(args.env_id, args.seed, True, args.image_size, args.allow_sticky).action_space.n)
     seconds = measure_speed(args, num_actions, device)
 
@@ -1307,8 +1347,8 @@ def run(args: Args, stop: StopRequest) -> dict:
             load_weights(module, state[name], run_dir)
         trainer.rng.set_state(state["rng"])
     else:
-        stamp = int(time.time())
-        while (run_dir := pathlib.Path(args.runs_dir, f"{game_name(args.env_id)}__{args.exp_name}__{args.seed}__{stamp}")).exists():
+        stamp, stem = int(time.time()), f"{game_name(args.env_id)}__{args.exp_name}__{args.seed}"
+        while (run_dir := pathlib.Path(args.runs_dir, f"{stem}__{stamp}")).exists():
             stamp += 1
         try:
             run_dir.mkdir(parents=True)
@@ -1316,7 +1356,7 @@ def run(args: Args, stop: StopRequest) -> dict:
             write_json(run_dir / "args.json", dataclasses.asdict(args))
             write_json(run_dir / "versions.json", versions(device))
         except OSError as error:
-            raise UsageError(f"--runs-dir {args.runs_dir}: cannot write there ({error.strerror}); name another directory") from None
+            raise UsageError(f"--runs-dir {args.runs_dir}: cannot write ({error.strerror}); name another directory") from None
     collector = Collector(agent, buffer, trainer.rng, args.seed + buffer.num_steps)
     logger, started, saved_at = Logger(args, run_dir, progress["log_lines"]), time.time(), time.time()
     before = progress["wall_time"]
@@ -1330,7 +1370,8 @@ def run(args: Args, stop: StopRequest) -> dict:
 
     def remaining_seconds() -> float:
         left = {phase: first[phase] + (num_epochs() - 1) * later[phase] - progress[phase] for phase in first}
-        return sum(seconds[phase] * n for phase, n in left.items()) + seconds["collect"] * (args.total_steps - buffer.num_steps)
+        left["collect"] = args.total_steps - buffer.num_steps
+        return sum(seconds[phase] * n for phase, n in left.items())
 
     def checkpoint() -> None:
         nonlocal saved_at
@@ -1353,13 +1394,14 @@ def run(args: Args, stop: StopRequest) -> dict:
         if epoch:
             return n < min(args.total_steps, progress["first_steps"] + epoch * args.steps_per_epoch)
         rare = n - max(progress["reward_counts"])  # steps whose reward is not of the most frequent sign
-        return n < args.first_collect_steps or (rare < args.first_collect_rewards and n < min(args.first_collect_max, args.total_steps))
+        most = args.first_collect_steps if rare >= args.first_collect_rewards else args.first_collect_max
+        return n < min(most, args.total_steps)
 
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in agent.named_children()}
     print("parameters: " + ", ".join(f"{name} {n:,}" for name, n in sizes.items()) + f", in all {sum(sizes.values()):,}")
-    print(f"plan: {args.total_steps:,} agent steps, {num_epochs():,} epochs, then {args.eval_episodes} full games; in {run_dir}")
-    print(f"expected: {duration(remaining_seconds())} ({seconds['collect'] * 1e3:.1f} ms a step, {seconds['world_model'] * 1e3:.0f} ms a world-model "
-          f"update, {seconds['actor_critic'] * 1e3:.0f} ms an actor-critic update{', measured eager: compiled is faster' if args.compile else ''})", flush=True)  # fmt: skip
+    print(f"plan: {args.total_steps:,} steps, {num_epochs():,} epochs, then {args.eval_episodes} full games; in {run_dir}")
+    speed = ", ".join(f"{name} {value * 1e3:.3g} ms" for name, value in seconds.items())
+    print(f"expected: {duration(remaining_seconds())} ({speed}{', eager: compiled is faster' * args.compile})", flush=True)
 
     while progress["epoch"] < num_epochs():
         epoch, metrics, clock = progress["epoch"], {}, {}
@@ -1371,7 +1413,8 @@ def run(args: Args, stop: StopRequest) -> dict:
             progress["reward_counts"][int(np.sign(rew)) + 1] += 1
             if game:
                 progress["returns"] = progress["returns"][-99:] + [float(game["r"])]
-                logger.log(buffer.num_steps, {"charts/episodic_return": float(game["r"]), "charts/episodic_length": int(game["l"])})
+                lines = {"charts/episodic_return": float(game["r"]), "charts/episodic_length": int(game["l"])}
+                logger.log(buffer.num_steps, lines)
             pause_point()
         progress["first_steps"] = progress["first_steps"] or buffer.num_steps
         clock["collect"], collected = time.perf_counter() - start, buffer.num_steps - collected
@@ -1402,21 +1445,24 @@ def run(args: Args, stop: StopRequest) -> dict:
         progress["epoch"] += 1
         if collected:
             seconds["collect"] = clock["collect"] / collected
-        recent = progress["returns"][-10:]
-        metrics |= {
-            "charts/epoch": epoch, "charts/SPS": collected / sum(clock.values()), "charts/learning_rate": trainer.schedulers[0].get_last_lr()[1],
-            "charts/buffer_size": buffer.num_steps, "charts/hours": (before + time.time() - started) / 3600, "charts/peak_gib": memory_gib(device),
-            **{f"time/{phase}": value for phase, value in clock.items()},
+        hours, recent, k = (before + time.time() - started) / 3600, progress["returns"][-10:], min(5, args.horizon)
+        metrics |= {"charts/epoch": epoch, "charts/buffer_size": buffer.num_steps, "charts/hours": hours}
+        metrics |= {"charts/SPS": collected / sum(clock.values()), "charts/peak_gib": memory_gib(device)}
+        metrics |= {"charts/learning_rate": trainer.schedulers[0].get_last_lr()[1]}
+        logger.log(buffer.num_steps, metrics | {f"time/{phase}": value for phase, value in clock.items()})
+        shown = {
+            "denoising": "losses/denoising", "reward": "losses/reward", "end": "losses/end", "entropy": "losses/entropy",
+            f"error@{k}": f"world_model/error_{k}",
+            "imagined": "world_model/return_imagined", "real": "world_model/return_real",
         }  # fmt: skip
-        logger.log(buffer.num_steps, metrics)
-        shown = [(name, metrics.get(key)) for name, key in (
-            ("denoising", "losses/denoising"), ("reward", "losses/reward"), ("end", "losses/end"), ("entropy", "losses/entropy"),
-            (f"error@{min(5, args.horizon)}", f"world_model/error_{min(5, args.horizon)}"), ("imagined", "world_model/return_imagined"), ("real", "world_model/return_real"))]  # fmt: skip
-        print(f"epoch {progress['epoch']}/{num_epochs()} step {buffer.num_steps} return {np.mean(recent) if recent else math.nan:.2f} | "
-              + " ".join(f"{name} {value:.3f}" for name, value in shown if value is not None)
-              + f" | {buffer.num_steps / (time.time() - started + before):.1f} steps/s "
-              + " ".join(f"{phase} {value:.0f}s" for phase, value in clock.items())
-              + f" | ETA {duration(remaining_seconds())} {memory_gib(device):.1f} GiB", flush=True)  # fmt: skip
+        print(
+            f"epoch {progress['epoch']}/{num_epochs()} step {buffer.num_steps} return {np.mean(recent or math.nan):.2f} |",
+            *(f"{name} {metrics[key]:.3f}" for name, key in shown.items() if key in metrics),
+            f"| {buffer.num_steps / hours / 3600:.1f} steps/s",
+            *(f"{phase} {value:.0f}s" for phase, value in clock.items()),
+            f"| ETA {duration(remaining_seconds())} {memory_gib(device):.1f} GiB",
+            flush=True,
+        )
         pause_point()
     checkpoint()
 
@@ -1429,9 +1475,9 @@ def run(args: Args, stop: StopRequest) -> dict:
     evaluation = evaluate_policy(agent, args.env_id, args.eval_episodes, seed, progress=report)
     result = make_result(args, evaluation, buffer.num_steps, before + time.time() - started, eval_seed=seed)
     write_json(run_dir / "result.json", result)
-    logger.log(buffer.num_steps, {"eval/episodic_return": result["mean_return"], "eval/episodic_return_std": result["std_return"]})
-    print(f"score {result['mean_return']:.2f} +- {result['std_return']:.2f} (std over {args.eval_episodes} full games), "
-          f"{duration(result['wall_time_s'])}; {run_dir / 'result.json'}", flush=True)  # fmt: skip
+    mean, std, wall_time = result["mean_return"], result["std_return"], duration(result["wall_time_s"])
+    logger.log(buffer.num_steps, {"eval/episodic_return": mean, "eval/episodic_return_std": std})
+    print(f"score {mean:.2f} +- {std:.2f} (std over {args.eval_episodes} full games), {wall_time}; {run_dir}", flush=True)
     return result
 
 
@@ -1449,7 +1495,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
             given, kept = getattr(args, field.name), getattr(saved, field.name)
             if given != kept and field.name not in RESUMABLE:
                 flag = "--" + field.name.replace("_", "-")
-                raise UsageError(f"{flag} {given}: {first.resume} has {kept}; drop the flag, or start a new run without --resume")
+                raise UsageError(f"{flag} {given}: {first.resume} has {kept}; drop the flag, or start a new run")
         return args
     cuda = resolve_device(first.device).type == "cuda"
     preset = first.preset if first.preset != "auto" else "paper" if cuda else "small"

@@ -45,7 +45,10 @@ class ProbeArgs(jedi.Args):
 def record(num_steps: int, seed: int, args: jedi.Args, device: torch.device, branch: bool):
     """Plays a half random, half ball-following policy. Returns the replay, the RAM [slots, 3] and, with `branch`, for every
     20th step the slot and the paddle after 5 x LEFT and 5 x RIGHT [N, 3]."""
-    env, rng = jedi.make_env("BreakoutNoFrameskip-v4", seed, training=True, image_size=args.image_size), np.random.default_rng(seed)
+    env, rng = (
+        jedi.make_env("BreakoutNoFrameskip-v4", seed, training=True, image_size=args.image_size),
+        np.random.default_rng(seed),
+    )
     ale, buffer = env.unwrapped.ale, jedi.ReplayBuffer(num_steps, args.image_size, device, args.recency_weights)
     ram = lambda: [int(ale.getRAM()[address]) for address in RAM.values()]  # noqa: E731
     rams, branches, over = [], [], True
@@ -94,7 +97,9 @@ def measure(agent: jedi.Agent, train, held_out, device: torch.device) -> dict:
 
     def imagine(batch: jedi.Batch, actions: torch.Tensor) -> torch.Tensor:
         generator = torch.Generator(device).manual_seed(0)
-        noise = jedi.imagination_noise(dataclasses.replace(args, horizon=actions.shape[1]), len(actions), agent.num_actions, generator)
+        noise = jedi.imagination_noise(
+            dataclasses.replace(args, horizon=actions.shape[1]), len(actions), agent.num_actions, generator
+        )
         z = agent.encoder(batch.obs[:, :steps])
         return jedi.imagine(agent, z, batch.act[:, :steps], batch.real[:, :steps], *noise, actions=actions).z[:, steps:]
 
@@ -112,7 +117,11 @@ def measure(agent: jedi.Agent, train, held_out, device: torch.device) -> dict:
     z_real = encode(batch.obs[:, steps:].flatten(0, 1)).unflatten(0, z_hat.shape[:2])
     z_now = agent.encoder(batch.obs[:, steps - 1])[:, None]
     now, future = truth[:, steps - 1 : steps].double(), truth[:, steps:].double()
-    result = {"contexts": len(truth), "latent_std": z_real.std().item(), "change_std": (z_real[:, 0] - z_now[:, 0]).std().item()}
+    result = {
+        "contexts": len(truth),
+        "latent_std": z_real.std().item(),
+        "change_std": (z_real[:, 0] - z_now[:, 0]).std().item(),
+    }
     for h in REPORT:
         i = h - 1
         error = lambda prediction: (prediction - future[:, i]).abs().mean(0).tolist()  # noqa: B023, E731
@@ -129,9 +138,13 @@ def measure(agent: jedi.Agent, train, held_out, device: torch.device) -> dict:
 
 
 def show(updates: int, minutes: float, loss: float, m: dict) -> str:
-    parts = [f"{updates:6d} updates {minutes:5.1f} min loss {loss:.3f} std {m['latent_std']:.3f}/{m['change_std']:.3f} push {m['push']:5.2f}"]
+    parts = [
+        f"{updates:6d} updates {minutes:5.1f} min loss {loss:.3f} std {m['latent_std']:.3f}/{m['change_std']:.3f} push {m['push']:5.2f}"
+    ]
     for h in REPORT:
-        errors = "  ".join(f"{k} {v['imagined']:.1f}/{v['no_change']:.1f}/{v['floor']:.1f}" for k, v in m[h].items() if k != "latent")
+        errors = "  ".join(
+            f"{k} {v['imagined']:.1f}/{v['no_change']:.1f}/{v['floor']:.1f}" for k, v in m[h].items() if k != "latent"
+        )
         parts.append(f"   {h:2d} steps: latent {m[h]['latent']:.2f}x  {errors}")
     return "\n".join(parts)
 
@@ -141,8 +154,13 @@ def main(args: ProbeArgs) -> list[dict]:
     torch.manual_seed(args.seed)
     agent = jedi.Agent(args, num_actions=4).to(device)
     trainer = jedi.Trainer(agent, args, device, compiled=bool(args.compile))
-    train, held_out = record(args.frames, args.seed, args, device, False), record(args.frames // 5, args.seed + 1, args, device, True)
-    print(f"{device}, {args.predict}, start {args.sampler_start}; errors are imagined/no change/floor in RAM pixels", flush=True)
+    train, held_out = (
+        record(args.frames, args.seed, args, device, False),
+        record(args.frames // 5, args.seed + 1, args, device, True),
+    )
+    print(
+        f"{device}, {args.predict}, start {args.sampler_start}; errors are imagined/no change/floor in RAM pixels", flush=True
+    )
     updates, seconds, losses, curve = 0, 0.0, [], []
     while True:
         done = updates >= args.updates or seconds >= 60 * args.minutes
@@ -163,4 +181,8 @@ def main(args: ProbeArgs) -> list[dict]:
 
 if __name__ == "__main__":
     # On a CPU: the small preset, with short segments (the reward/end model is not measured here)
-    main(tyro.cli(ProbeArgs, default=ProbeArgs() if "paper" in sys.argv else ProbeArgs(**jedi.SMALL | dict(horizon=4, batch_size=16))))
+    main(
+        tyro.cli(
+            ProbeArgs, default=ProbeArgs() if "paper" in sys.argv else ProbeArgs(**jedi.SMALL | dict(horizon=4, batch_size=16))
+        )
+    )
