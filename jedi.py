@@ -198,8 +198,9 @@ class Args:
 
 SMALL = dict(
     encoder_channels=(8, 16, 32, 16), latent_norm="batch", encoder_lr_scale=0.01, denoiser_channels=48, cond_channels=128,
-    predict="change", reward_end_channels=16, lstm_dim=128, actor_critic_channels=(16, 32), horizon=10, ent_coef=0.01, batch_size=24,
-    learning_rate=5e-4, actor_critic_lr=1e-3, actor_critic_max_grad_norm=1.0, total_steps=2_000, first_collect_steps=1_000,
+    predict="change", reward_end_channels=16, lstm_dim=128, actor_critic_channels=(16, 32), horizon=10, ent_coef=0.01,
+    batch_size=24, learning_rate=5e-4, actor_critic_lr=1e-3, actor_critic_max_grad_norm=1.0, total_steps=2_000,
+    first_collect_steps=1_000,
     first_collect_max=1_000, steps_per_epoch=200, final_epochs=2, first_world_model_updates=300, world_model_updates=30,
     first_actor_critic_updates=50, actor_critic_updates=50, eval_episodes=10,
 )  # fmt: skip
@@ -306,8 +307,8 @@ def make_env(env_id: str, seed: int, training: bool, image_size: int = 64, allow
         if (sticky or skip != 1) and not allow_sticky:
             game = "".join(part.capitalize() for part in str(spec.kwargs["game"]).split("_"))
             raise UsageError(
-                f"--env-id {env_id} repeats the last action with probability {sticky} (sticky actions) and skips {skip} frames "
-                f"itself; Atari 100k is --env-id {game}NoFrameskip-v4. Pass --allow-sticky to keep the stickiness knowingly"
+                f"--env-id {env_id} repeats the last action with probability {sticky} (sticky actions) and skips {skip} "
+                f"frames itself; Atari 100k is --env-id {game}NoFrameskip-v4. Pass --allow-sticky to keep it knowingly"
             )
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
     env = gym.make(name, **(dict(frameskip=1) if atari else {}))
@@ -628,7 +629,7 @@ class Denoiser(nn.Module):
         return c_in, c_out, c_skip, c_noise
 
     def origin(self, z_hist: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """base and scale of y. The base is stopped: it is part of the target, which the encoder must not learn to make easy."""
+        """base and scale of y. The base is stopped: it is part of the target, which the encoder must not make easy."""
         if self.args.predict == "absolute":
             return 0.0, 1.0
         return z_hist[:, -1].detach(), self.change_rms.clamp(min=1e-4) / self.args.sigma_data
@@ -803,7 +804,7 @@ def imagine(
 ) -> Rollout:
     """Rolls policy and world model H steps from the contexts z [B, L, C, h, w], act [B, L] (the last one unused), real [B, L].
 
-    noise, gumbels: see imagination_noise. With `actions` [B, H] the policy is not asked: so imagination is held beside reality.
+    noise, gumbels: see imagination_noise. With `actions` [B, H] the policy is not asked: imagination beside reality.
     """
     steps, num_actions = z.shape[1], gumbels.shape[-1] - 5
     _, _, policy_state = agent.actor_critic(z[:, :-1], real[:, :-1])  # both LSTMs burn in on the context

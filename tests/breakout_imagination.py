@@ -137,16 +137,14 @@ def measure(agent: jedi.Agent, train, held_out, device: torch.device) -> dict:
     return result
 
 
-def show(updates: int, minutes: float, loss: float, m: dict) -> str:
-    parts = [
-        f"{updates:6d} updates {minutes:5.1f} min loss {loss:.3f} std {m['latent_std']:.3f}/{m['change_std']:.3f} push {m['push']:5.2f}"
-    ]
+def show(m: dict) -> str:
+    """One measurement as text: imagined/no change/floor in RAM pixels."""
+    std = f"latent std {m['latent_std']:.3f}, of one step's change {m['change_std']:.3f}"
+    lines = [f"{m['updates']:6d} updates {m['minutes']:5.1f} min loss {m['loss']:.3f} push {m['push']:.2f} {std}"]
     for h in REPORT:
-        errors = "  ".join(
-            f"{k} {v['imagined']:.1f}/{v['no_change']:.1f}/{v['floor']:.1f}" for k, v in m[h].items() if k != "latent"
-        )
-        parts.append(f"   {h:2d} steps: latent {m[h]['latent']:.2f}x  {errors}")
-    return "\n".join(parts)
+        errors = {name: "/".join(f"{x:.1f}" for x in value.values()) for name, value in m[h].items() if name != "latent"}
+        lines.append(f"   {h:2d} steps: latent {m[h]['latent']:.2f}x " + " ".join(f"{k} {v}" for k, v in errors.items()))
+    return "\n".join(lines)
 
 
 def main(args: ProbeArgs) -> list[dict]:
@@ -167,7 +165,7 @@ def main(args: ProbeArgs) -> list[dict]:
         if updates % args.eval_every == 0 or done:
             loss = torch.stack(losses).mean().item() if losses else float("nan")
             curve.append({"updates": updates, "minutes": seconds / 60, "loss": loss} | measure(agent, train, held_out, device))
-            print(show(updates, seconds / 60, loss, curve[-1]), flush=True)
+            print(show(curve[-1]), flush=True)
             losses = []
             if args.out:
                 with open(args.out, "a") as file:

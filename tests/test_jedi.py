@@ -269,8 +269,13 @@ def test_no_policy_loss_after_an_imagined_end():
     args = tiny()
     agent, horizon = make_agent(args), args.horizon
     z = torch.randn(2, 4 + horizon, 4, 2, 2)
-    rollout = jedi.Rollout(z, torch.ones(2, 4 + horizon, dtype=torch.bool), torch.zeros(2, horizon, dtype=torch.long), torch.ones(2, horizon),
-                           torch.tensor([[0.0, 1.0, 0.0]] * 2), torch.zeros(2, horizon, 3), torch.zeros(2, horizon, 2))  # fmt: skip
+    real, act, rew = (
+        torch.ones(2, 4 + horizon, dtype=torch.bool),
+        torch.zeros(2, horizon, dtype=torch.long),
+        torch.ones(2, horizon),
+    )
+    end = torch.tensor([[0.0, 1.0, 0.0]] * 2)
+    rollout = jedi.Rollout(z, real, act, rew, end, torch.zeros(2, horizon, 3), torch.zeros(2, horizon, 2))
     loss, logs = jedi.actor_critic_loss(agent, rollout)
     after = rollout._replace(
         rew=torch.tensor([[1.0, 1.0, -1.0]] * 2), act=torch.tensor([[0, 0, 2]] * 2), z=z.index_fill(1, torch.tensor([6]), 5.0)
@@ -783,8 +788,10 @@ def test_command_line_end_to_end(tmp_path):
 # --------------------------------------------------------------------------------------------------------------------
 # Slow: learning, and the compiled path
 # --------------------------------------------------------------------------------------------------------------------
-TOY = ["--env-id", "tests.toy:Catch-v0", "--preset", "small", "--image-size", "32", "--total-steps", "4000", "--world-model-updates", "50",
-       "--first-actor-critic-updates", "100", "--actor-critic-updates", "100", "--eval-episodes", "50"]  # fmt: skip
+TOY = (  # the README's command
+    "--env-id tests.toy:Catch-v0 --preset small --image-size 32 --total-steps 4000 --world-model-updates 50 "
+    "--first-actor-critic-updates 100 --actor-critic-updates 100 --eval-episodes 50"
+).split()
 
 
 def progress_made(result: dict) -> float:
