@@ -197,12 +197,11 @@ class Args:
 
 
 SMALL = dict(
-    encoder_channels=(8, 16, 32, 16), latent_norm="batch", encoder_lr_scale=0.01, denoiser_channels=48, cond_channels=128,
-    predict="change", reward_end_channels=16, lstm_dim=128, actor_critic_channels=(16, 32), horizon=10, ent_coef=0.01,
-    batch_size=24, learning_rate=5e-4, actor_critic_lr=1e-3, actor_critic_max_grad_norm=1.0, total_steps=2_000,
-    first_collect_steps=1_000,
-    first_collect_max=1_000, steps_per_epoch=200, final_epochs=2, first_world_model_updates=300, world_model_updates=30,
-    first_actor_critic_updates=50, actor_critic_updates=50, eval_episodes=10,
+    encoder_channels=(8, 16, 32, 16), latent_norm="batch", encoder_lr_scale=0.01, num_autoregressive_steps=4,
+    denoiser_channels=48, cond_channels=128, reward_end_channels=16, lstm_dim=128, actor_critic_channels=(16, 32),
+    horizon=10, ent_coef=0.01, batch_size=24, learning_rate=5e-4, actor_critic_lr=7e-4, actor_critic_max_grad_norm=1.0,
+    total_steps=3_000, first_collect_steps=2_000, first_collect_max=2_000, steps_per_epoch=200, final_epochs=1,
+    first_world_model_updates=300, world_model_updates=40, first_actor_critic_updates=100, actor_critic_updates=50, eval_episodes=10,
 )  # fmt: skip
 
 
@@ -799,9 +798,7 @@ def imagination_noise(args: Args, batch: int, num_actions: int, generator: torch
 
 
 @torch.no_grad()
-def imagine(
-    agent, z: Tensor, act: Tensor, real: Tensor, noise: Tensor, gumbels: Tensor, actions: Tensor | None = None
-) -> Rollout:
+def imagine(agent: "Agent", z: Tensor, act: Tensor, real: Tensor, noise: Tensor, gumbels: Tensor, actions=None) -> Rollout:
     """Rolls policy and world model H steps from the contexts z [B, L, C, h, w], act [B, L] (the last one unused), real [B, L].
 
     noise, gumbels: see imagination_noise. With `actions` [B, H] the policy is not asked: imagination beside reality.
@@ -850,9 +847,8 @@ def world_model_loss(agent: Agent, batch: Batch, sigma: Tensor, noise: Tensor, f
     z = agent.encoder(batch.obs, batch.real)  # [B, L+H+1, C, h, w]
     k = agent.args.num_conditioning_steps + agent.args.num_autoregressive_steps
     diffusion_loss, logs = agent.denoiser.loss(z[:, :k], batch.act[:, :k], batch.real[:, :k], sigma, noise, feed_own)
-    reward_end_loss, more = agent.reward_end.loss(
-        z, batch.act[:, :-1], batch.rew[:, :-1], batch.end[:, :-1], batch.step[:, :-1]
-    )
+    transitions = (x[:, :-1] for x in (batch.act, batch.rew, batch.end, batch.step))  # [B, L+H]
+    reward_end_loss, more = agent.reward_end.loss(z, *transitions)
     return diffusion_loss + reward_end_loss, logs | more | {"latent/std": z.detach().std()}
 
 
@@ -915,11 +911,9 @@ class Trainer:
 
     def phases(self):
         """The two kinds of update in their order: name, update, how its batch is drawn."""
-        return ("world_model", self.update_world_model, self.segments), (
-            "actor_critic",
-            self.update_actor_critic,
-            self.contexts,
-        )
+        world_model = ("world_model", self.update_world_model, self.segments)
+        actor_critic = ("actor_critic", self.update_actor_critic, self.contexts)
+        return world_model, actor_critic
 
     def update_world_model(self, batch: Batch) -> dict[str, Tensor]:
         """One step of encoder, denoiser and reward/end model on a batch from `segments`."""
