@@ -162,6 +162,8 @@ class Args:
     """AdamW's weight decay of the world model, on every parameter; 0 for the actor-critic [D, who spares biases and norms]"""
     warmup_updates: int = 100
     """updates of linear learning-rate warm-up [D]"""
+    lr_decay: float = 0.0
+    """share of all updates, at the end, over which the learning rates fall linearly to 0: 0 [D]"""
     denoiser_max_grad_norm: float = 1.0
     """gradient clip of the denoiser [D], and of the encoder [O]"""
     reward_end_max_grad_norm: float = 100.0
@@ -199,7 +201,7 @@ class Args:
 SMALL = dict(
     encoder_channels=(8, 16, 32, 16), latent_norm="batch", encoder_lr_scale=0.01, num_autoregressive_steps=4,
     denoiser_channels=48, cond_channels=128, reward_end_channels=16, lstm_dim=128, actor_critic_channels=(16, 32),
-    horizon=10, ent_coef=0.01, batch_size=24, learning_rate=5e-4, actor_critic_lr=7e-4, actor_critic_max_grad_norm=1.0,
+    horizon=10, ent_coef=0.003, batch_size=24, lr_decay=0.3, learning_rate=5e-4, actor_critic_lr=7e-4, actor_critic_max_grad_norm=1.0,
     total_steps=3_000, first_collect_steps=2_000, first_collect_max=2_000, steps_per_epoch=200, final_epochs=1,
     first_world_model_updates=300, world_model_updates=40, first_actor_critic_updates=100, actor_critic_updates=50, eval_episodes=10,
 )  # fmt: skip
@@ -890,11 +892,18 @@ class Trainer:
         policy = list(agent.actor_critic.parameters())
         self.actor_critic_optimizer = torch.optim.AdamW(policy, args.actor_critic_lr, weight_decay=0.0, fused=fused)
 
-        def warm_up(k: int) -> float:
-            return min(1.0, (k + 1) / max(1, args.warmup_updates))
+        epochs = math.ceil((args.total_steps - args.first_collect_steps) / args.steps_per_epoch) + args.final_epochs
+        world_model_updates = args.first_world_model_updates + epochs * args.world_model_updates
+        actor_critic_updates = args.first_actor_critic_updates + epochs * args.actor_critic_updates
+
+        def schedule(total: int):
+            decay = max(1, args.lr_decay * total)  # updates
+            fall = lambda k: max(0, total - k) / decay if args.lr_decay else 1.0  # noqa: E731
+            return lambda k: min(1.0, (k + 1) / max(1, args.warmup_updates), fall(k))
 
         self.optimizers = [self.world_model_optimizer, self.actor_critic_optimizer]
-        self.schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up) for optimizer in self.optimizers]
+        schedules = schedule(world_model_updates), schedule(actor_critic_updates)
+        self.schedulers = [torch.optim.lr_scheduler.LambdaLR(*pair) for pair in zip(self.optimizers, schedules)]
         self.world_model_loss, self.actor_critic_loss = world_model_loss, actor_critic_loss
         if compiled:  # of the imagination only the sampler: unrolled over H steps, a graph would take many minutes to compile
             self.world_model_loss = torch.compile(world_model_loss, dynamic=False)

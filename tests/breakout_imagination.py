@@ -181,6 +181,9 @@ if __name__ == "__main__":
     # On a CPU: the small preset, with short segments (the reward/end model is not measured here)
     main(
         tyro.cli(
-            ProbeArgs, default=ProbeArgs() if "paper" in sys.argv else ProbeArgs(**jedi.SMALL | dict(horizon=4, batch_size=16))
+            ProbeArgs,
+            default=ProbeArgs()
+            if "paper" in sys.argv
+            else ProbeArgs(**jedi.SMALL | dict(horizon=4, batch_size=16, lr_decay=0.0)),
         )
     )
