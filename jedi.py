@@ -201,7 +201,7 @@ class Args:
 SMALL = dict(
     encoder_channels=(8, 16, 32, 16), latent_norm="batch", encoder_lr_scale=0.01, num_autoregressive_steps=4,
     denoiser_channels=48, cond_channels=128, reward_end_channels=16, lstm_dim=128, actor_critic_channels=(16, 32),
-    horizon=10, ent_coef=0.003, batch_size=24, learning_rate=5e-4, actor_critic_lr=7e-4, actor_critic_max_grad_norm=1.0,
+    horizon=10, ent_coef=0.01, batch_size=24, learning_rate=5e-4, actor_critic_lr=7e-4, actor_critic_max_grad_norm=1.0,
     lr_decay=0.3, total_steps=3_000, first_collect_steps=2_000, first_collect_max=2_000, steps_per_epoch=200, final_epochs=1,
     first_world_model_updates=300, world_model_updates=40, first_actor_critic_updates=100, actor_critic_updates=50,
     eval_episodes=10,
