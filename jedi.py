@@ -203,7 +203,7 @@ SMALL = dict(
     denoiser_channels=48, cond_channels=128, reward_end_channels=16, lstm_dim=128, actor_critic_channels=(16, 32),
     horizon=10, ent_coef=0.01, batch_size=24, learning_rate=5e-4, actor_critic_lr=7e-4, actor_critic_max_grad_norm=1.0,
     lr_decay=0.3, total_steps=3_000, first_collect_steps=2_000, first_collect_max=2_000, steps_per_epoch=200, final_epochs=1,
-    first_world_model_updates=300, world_model_updates=40, first_actor_critic_updates=100, actor_critic_updates=50,
+    first_world_model_updates=300, world_model_updates=30, first_actor_critic_updates=100, actor_critic_updates=40,
     eval_episodes=10,
 )  # fmt: skip
 
