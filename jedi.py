@@ -54,6 +54,8 @@ class UsageError(Exception):
 # ====================================================================================================================
 @dataclasses.dataclass
 class Args:
+    """Every hyperparameter, with its symbol, unit and provenance. The defaults are the paper preset."""
+
     env_id: str = "BreakoutNoFrameskip-v4"
     """gymnasium id: <Game>NoFrameskip-v4, or module:Name-v0 for one of image observations and Discrete actions"""
     preset: Literal["auto", "paper", "small"] = "auto"
