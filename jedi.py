@@ -65,7 +65,11 @@ class Args:
     device: str = "auto"
     """auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, mps"""
     compile: bool = False
-    """torch.compile the losses and the sampler; the command line turns it on for CUDA. Eager is the reference"""
+    """torch.compile the losses and the imagined step; the command line turns it on for CUDA. Eager is the reference"""
+    cuda_graphs: bool = False
+    """replay each update as one CUDA graph instead of launching its kernels; the command line turns it on for CUDA"""
+    bf16: bool = False
+    """bfloat16 in the convolutional trunks, float32 in everything else; the command line turns it on for CUDA"""
     exp_name: str = "jedi"
     """name of the method in the run directory and in the result; change it in a fork"""
     runs_dir: str = "runs"
@@ -439,6 +443,15 @@ class ReplayBuffer:
 # ====================================================================================================================
 # Network blocks
 # ====================================================================================================================
+def trunk_dtype(args: Args, x: Tensor) -> torch.autocast:
+    """For --bf16: the context of the convolutional trunks, where nearly all arithmetic is and each output averages its errors.
+
+    What accumulates small numbers stays float32: parameters, optimizer, LSTM states, heads, losses, and the noise levels, whose
+    range of 1 to 10,000 bfloat16's 8 bits of precision would blur.
+    """
+    return torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16)
+
+
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1)
 
@@ -539,7 +552,7 @@ class Encoder(nn.Module):
         c1, c2, c3, c4 = args.encoder_channels
         self.args = args
         self.net = nn.Sequential(
-            conv3x3(3, c1), ResBlock(c1, c1), conv3x3(c1, c2, stride=2),
+            ResBlock(3, c1), conv3x3(c1, c2, stride=2),
             ResBlock(c2, c2), conv3x3(c2, c3, stride=2),
             ResBlock(c3, c3), conv3x3(c3, c3, stride=2),
             ResBlock(c3, c3), GroupNorm(c3), nn.SiLU(), conv3x3(c3, c4),
@@ -550,7 +563,8 @@ class Encoder(nn.Module):
 
     def forward(self, obs: Tensor, real: Tensor | None = None) -> Tensor:
         """With `real` [...], as in the world model's update, normalises by these real frames; else by the running values."""
-        x = self.net(obs.flatten(0, -4).float() / 127.5 - 1)  # [N, C, h, w]
+        with trunk_dtype(self.args, obs):
+            x = self.net(obs.flatten(0, -4).float() / 127.5 - 1).float()  # [N, C, h, w]
         if self.args.latent_norm == "batch":
             mean, var = self.mean, self.var
             if real is not None:
@@ -642,19 +656,20 @@ class Denoiser(nn.Module):
         """The raw U-Net. y_in: [B, C, h, w] scaled by c_in -> [B, C, h, w]."""
         angle = 2 * math.pi * c_noise[:, None] * self.fourier  # [B, cond / 2]
         actions = self.action_embedding(act_hist).flatten(1)  # [B, cond]
-        cond = self.cond_mlp(torch.cat([angle.cos(), angle.sin()], 1) + actions)  # [B, cond]
         if self.args.predict == "change":  # the newest latent, and the past changes in the unit of the change to come
             past = (z_hist[:, 1:] - z_hist[:, :-1]) / self.origin(z_hist)[1]
             z_hist = torch.cat([past, z_hist[:, -1:]], 1)
-        x = self.conv_in(torch.cat([z_hist.flatten(1, 2) / self.args.sigma_data, y_in], 1))  # [B, width, h, w]
-        skips = [x]
-        for block in self.down:
-            x = block(x, cond)
-            skips.append(x)
-        x = self.mid2(self.attention(self.mid1(x, cond)), cond)
-        for block in self.up:
-            x = block(torch.cat([x, skips.pop()], 1), cond)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        with trunk_dtype(self.args, y_in):
+            cond = self.cond_mlp(torch.cat([angle.cos(), angle.sin()], 1) + actions)  # [B, cond]
+            x = self.conv_in(torch.cat([z_hist.flatten(1, 2) / self.args.sigma_data, y_in], 1))  # [B, width, h, w]
+            skips = [x]
+            for block in self.down:
+                x = block(x, cond)
+                skips.append(x)
+            x = self.mid2(self.attention(self.mid1(x, cond)), cond)
+            for block in self.up:
+                x = block(torch.cat([x, skips.pop()], 1), cond)
+            return self.conv_out(F.silu(self.norm_out(x))).float()
 
     def to_latent(self, y: Tensor, z_hist: Tensor) -> Tensor:
         """y -> the latent that it stands for, inside the encoder's range."""
@@ -713,6 +728,7 @@ class RewardEndModel(nn.Module):
 
     def __init__(self, args: Args, num_actions: int):
         super().__init__()
+        self.args = args
         width, cond, h = args.reward_end_channels, args.cond_channels // 2, args.image_size // 8
         self.action_embedding = nn.Embedding(num_actions, cond)
         self.conv_in = conv3x3(2 * args.encoder_channels[-1], width)
@@ -722,11 +738,12 @@ class RewardEndModel(nn.Module):
 
     def forward(self, z: Tensor, act: Tensor, z_next: Tensor, real: Tensor | None = None, state=None):
         """z, z_next [B, T, C, h, w], act and real [B, T] -> logits [B, T, 3] and [B, T, 2], LSTM state."""
-        x = self.conv_in(torch.cat([z, z_next], 2).flatten(0, 1))  # [B * T, width, h, w]
         cond = self.action_embedding(act.flatten())  # [B * T, cond]
-        for block in self.blocks:
-            x = block(x, cond)
-        x, state = self.lstm(x.reshape(*act.shape, -1), real, state)  # [B, T, lstm_dim]
+        with trunk_dtype(self.args, z):
+            x = self.conv_in(torch.cat([z, z_next], 2).flatten(0, 1))  # [B * T, width, h, w]
+            for block in self.blocks:
+                x = block(x, cond)
+        x, state = self.lstm(x.float().reshape(*act.shape, -1), real, state)  # [B, T, lstm_dim]
         logits = self.head(x)
         return logits[..., :3], logits[..., 3:], state
 
@@ -746,6 +763,7 @@ class ActorCritic(nn.Module):
 
     def __init__(self, args: Args, num_actions: int):
         super().__init__()
+        self.args = args
         (c1, c2), h = args.actor_critic_channels, args.image_size // 8
         self.conv = nn.Sequential(
             ResBlock(args.encoder_channels[-1], c1), ResBlock(c1, c2), nn.MaxPool2d(2, ceil_mode=True), nn.Flatten()
@@ -757,8 +775,9 @@ class ActorCritic(nn.Module):
 
     def forward(self, z: Tensor, real: Tensor | None = None, state=None):
         """z [B, T, C, h, w], real [B, T] -> logits [B, T, A], value [B, T], LSTM state."""
-        x = self.conv(z.detach().flatten(0, 1)).unflatten(0, z.shape[:2])  # [B, T, features]
-        x, state = self.lstm(x, real, state)
+        with trunk_dtype(self.args, z):
+            x = self.conv(z.detach().flatten(0, 1)).unflatten(0, z.shape[:2])  # [B, T, features]
+        x, state = self.lstm(x.float(), real, state)
         return self.actor(x), self.critic(x).squeeze(-1), state
 
 
@@ -803,30 +822,45 @@ def imagination_noise(args: Args, batch: int, num_actions: int, generator: torch
 
 
 @torch.no_grad()
-def imagine(agent: "Agent", z: Tensor, act: Tensor, real: Tensor, noise: Tensor, gumbels: Tensor, actions=None) -> Rollout:
+def imagine_step(agent: "Agent", z_hist: Tensor, act_hist: Tensor, policy_state, model_state, noise, gumbels, act=None):
+    """One step of policy and world model, from the last L latents [B, L, C, h, w] and the L-1 actions between them [B, L-1].
+
+    -> z_next [B, C, h, w], (act [B], rew [B], end [B], logits of both), the new LSTM states. `act`, if given, replaces the policy's.
+    """
+    num_actions, z_now = agent.num_actions, z_hist[:, -1:]  # [B, 1, C, h, w]
+    if act is None:
+        logits, _, policy_state = agent.actor_critic(z_now, None, policy_state)
+        act = (logits[:, 0] + gumbels[:, :num_actions]).argmax(1)  # [B]
+    z_next = agent.denoiser.sample(z_hist, torch.cat([act_hist, act[:, None]], 1), noise)  # [B, C, h, w]
+    rew_logits, end_logits, model_state = agent.reward_end(z_now, act[:, None], z_next[:, None], None, model_state)
+    rew = (rew_logits[:, 0] + gumbels[:, num_actions : num_actions + 3]).argmax(1) - 1.0  # [B]
+    end = (end_logits[:, 0] + gumbels[:, num_actions + 3 :]).argmax(1).float()  # [B]
+    return z_next, (act, rew, end, rew_logits[:, 0], end_logits[:, 0]), policy_state, model_state
+
+
+@torch.no_grad()
+def imagine(agent: "Agent", z: Tensor, act: Tensor, real: Tensor, noise: Tensor, gumbels: Tensor, actions=None,
+            step=imagine_step) -> Rollout:  # fmt: skip
     """Rolls policy and world model H steps from the contexts z [B, L, C, h, w], act [B, L] (the last one unused), real [B, L].
 
     noise, gumbels: see imagination_noise. With `actions` [B, H] the policy is not asked: imagination beside reality.
+    `step`: imagine_step, or its compiled twin.
     """
-    steps, num_actions = z.shape[1], gumbels.shape[-1] - 5
+    steps = z.shape[1]
     _, _, policy_state = agent.actor_critic(z[:, :-1], real[:, :-1])  # both LSTMs burn in on the context
     _, _, model_state = agent.reward_end(z[:, :-1], act[:, :-1], z[:, 1:], real[:, :-1])
-    z_hist, act_hist, records = list(z.unbind(1)), list(act[:, :-1].unbind(1)), []
+    zs, acts, records = list(z.unbind(1)), list(act[:, :-1].unbind(1)), []
     for t in range(len(noise)):
-        z_now = z_hist[-1][:, None]  # [B, 1, C, h, w]
-        if actions is None:
-            logits, _, policy_state = agent.actor_critic(z_now, None, policy_state)
-            act_now = (logits[:, 0] + gumbels[t, :, :num_actions]).argmax(1)  # [B]
-        else:
-            act_now = actions[:, t]
-        act_hist.append(act_now)
-        z_hist.append(agent.denoiser.sample(torch.stack(z_hist[-steps:], 1), torch.stack(act_hist[-steps:], 1), noise[t]))
-        rew_logits, end_logits, model_state = agent.reward_end(z_now, act_now[:, None], z_hist[-1][:, None], None, model_state)
-        rew = (rew_logits[:, 0] + gumbels[t, :, num_actions : num_actions + 3]).argmax(1) - 1.0  # [B]
-        end = (end_logits[:, 0] + gumbels[t, :, num_actions + 3 :]).argmax(1).float()  # [B]
-        records.append((act_now, rew, end, rew_logits[:, 0], end_logits[:, 0]))
+        z_hist, act_hist = torch.stack(zs[-steps:], 1), torch.stack(acts[1 - steps :], 1)  # [B, L, C, h, w], [B, L-1]
+        given = None if actions is None else actions[:, t]
+        z_next, record, policy_state, model_state = step(
+            agent, z_hist, act_hist, policy_state, model_state, noise[t], gumbels[t], given
+        )
+        zs.append(z_next)
+        acts.append(record[0])
+        records.append(record)
     imagined_real = torch.cat([real, torch.ones_like(real[:, :1]).expand(-1, len(noise))], 1)
-    return Rollout(torch.stack(z_hist, 1), imagined_real, *(torch.stack(x, 1) for x in zip(*records)))
+    return Rollout(torch.stack(zs, 1), imagined_real, *(torch.stack(x, 1) for x in zip(*records)))
 
 
 # ====================================================================================================================
@@ -879,10 +913,40 @@ def actor_critic_loss(agent: Agent, rollout: Rollout) -> tuple[Tensor, dict]:
     return policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy, {k: v.detach() for k, v in logs.items()}
 
 
+class CudaGraph:
+    """Calls function(batch) -> logs, and from its 4th call on replays its kernels in one launch instead of thousands.
+
+    The first calls compile and tune, on a stream of their own, as capture demands. A capture keeps the addresses of what it
+    read and wrote, so the batch is copied to a fixed place, and logs and gradients are valid until the next call.
+    """
+
+    def __init__(self, function, rng: torch.Generator, warmup_calls: int = 3):
+        self.function, self.rng, self.warmup_calls, self.graph = function, rng, warmup_calls, None
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        if self.warmup_calls:
+            self.warmup_calls -= 1
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                logs = self.function(batch)
+            torch.cuda.current_stream().wait_stream(stream)
+            return logs
+        if self.graph is None:
+            self.batch, self.graph = Batch(*(x.clone() for x in batch)), torch.cuda.CUDAGraph()
+            self.graph.register_generator_state(self.rng)  # a replay then draws new numbers, and moves the generator on
+            with torch.cuda.graph(self.graph):
+                self.logs = self.function(self.batch)
+        for fixed, new in zip(self.batch, batch):
+            fixed.copy_(new)
+        self.graph.replay()
+        return self.logs
+
+
 class Trainer:
     """Optimizers and the two updates. Everything random is drawn here, from `rng`, and handed to the pure functions above."""
 
-    def __init__(self, agent: Agent, args: Args, device: torch.device, compiled: bool):
+    def __init__(self, agent: Agent, args: Args, device: torch.device):
         self.agent, self.args = agent, args
         self.rng = torch.Generator(device).manual_seed(args.seed)
         fused = device.type == "cuda"
@@ -907,11 +971,13 @@ class Trainer:
         self.optimizers = [self.world_model_optimizer, self.actor_critic_optimizer]
         schedules = schedule(world_model_updates), schedule(actor_critic_updates)
         self.schedulers = [torch.optim.lr_scheduler.LambdaLR(*pair) for pair in zip(self.optimizers, schedules)]
-        self.world_model_loss, self.actor_critic_loss = world_model_loss, actor_critic_loss
-        if compiled:  # of the imagination only the sampler: unrolled over H steps, a graph would take many minutes to compile
-            self.world_model_loss = torch.compile(world_model_loss, dynamic=False)
-            self.actor_critic_loss = torch.compile(actor_critic_loss, dynamic=False)
-            agent.denoiser.sample = torch.compile(agent.denoiser.sample, dynamic=False)
+        functions = world_model_loss, imagine_step, actor_critic_loss
+        if args.compile:  # one imagined step: unrolled over H of them, a graph would take many minutes to compile
+            functions = [torch.compile(function, fullgraph=True, dynamic=False) for function in functions]
+        self.world_model_loss, self.imagine_step, self.actor_critic_loss = functions
+        if args.cuda_graphs:
+            self.world_model_gradients = CudaGraph(self.world_model_gradients, self.rng)
+            self.actor_critic_gradients = CudaGraph(self.actor_critic_gradients, self.rng)
 
     def segments(self, buffer: ReplayBuffer) -> Batch:
         """For the world model: L-1 frames, an anchor, H+1 frames, so that the reward/end model sees L+H transitions."""
@@ -927,8 +993,8 @@ class Trainer:
         actor_critic = ("actor_critic", self.update_actor_critic, self.contexts)
         return world_model, actor_critic
 
-    def update_world_model(self, batch: Batch) -> dict[str, Tensor]:
-        """One step of encoder, denoiser and reward/end model on a batch from `segments`."""
+    def world_model_gradients(self, batch: Batch) -> dict[str, Tensor]:
+        """Everything of update_world_model but the optimizer, whose learning rate is a number of the host."""
         args, device = self.args, self.rng.device
         n, h = args.num_autoregressive_steps, args.image_size // 8
         size = len(batch.obs)
@@ -942,23 +1008,33 @@ class Trainer:
         clips = (args.denoiser_max_grad_norm, args.denoiser_max_grad_norm, args.reward_end_max_grad_norm)
         groups = self.world_model_optimizer.param_groups
         norms = [nn.utils.clip_grad_norm_(group["params"], clip) for group, clip in zip(groups, clips)]
-        self.world_model_optimizer.step()
-        self.schedulers[0].step()
         return logs | dict(zip(("grad_norm/encoder", "grad_norm/denoiser", "grad_norm/reward_end"), norms))
 
-    def update_actor_critic(self, batch: Batch) -> dict[str, Tensor]:
-        """One step of the actor-critic in imagination, on a batch from `contexts`."""
+    def actor_critic_gradients(self, batch: Batch) -> dict[str, Tensor]:
+        """Everything of update_actor_critic but the optimizer: contexts -> imagination -> loss -> clipped gradients."""
         with torch.no_grad():
             z = self.agent.encoder(batch.obs)  # [B, L, C, h, w]
         randomness = imagination_noise(self.args, len(z), self.agent.num_actions, self.rng)
-        rollout = imagine(self.agent, z, batch.act, batch.real, *randomness)
+        rollout = imagine(self.agent, z, batch.act, batch.real, *randomness, step=self.imagine_step)
         loss, logs = self.actor_critic_loss(self.agent, rollout)
         self.actor_critic_optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.agent.actor_critic.parameters(), self.args.actor_critic_max_grad_norm)
+        return logs | {"grad_norm/actor_critic": norm}
+
+    def update_world_model(self, batch: Batch) -> dict[str, Tensor]:
+        """One step of encoder, denoiser and reward/end model on a batch from `segments`."""
+        logs = self.world_model_gradients(batch)
+        self.world_model_optimizer.step()
+        self.schedulers[0].step()
+        return logs
+
+    def update_actor_critic(self, batch: Batch) -> dict[str, Tensor]:
+        """One step of the actor-critic in imagination, on a batch from `contexts`."""
+        logs = self.actor_critic_gradients(batch)
         self.actor_critic_optimizer.step()
         self.schedulers[1].step()
-        return logs | {"grad_norm/actor_critic": norm}
+        return logs
 
 
 # ====================================================================================================================
@@ -1212,7 +1288,7 @@ class Means:
         self.sums, self.count = {}, 0
 
     def add(self, logs: dict[str, Tensor]) -> None:
-        self.sums = {k: self.sums[k] + v if self.count else v for k, v in logs.items()}
+        self.sums = {k: self.sums[k] + v if self.count else v.clone() for k, v in logs.items()}  # logs may be overwritten
         self.count += 1
 
     def flush(self, where: str) -> dict[str, float]:
@@ -1301,7 +1377,8 @@ class StopRequest:
 def measure_speed(args: Args, num_actions: int, device: torch.device) -> dict[str, float]:
     """Seconds per step of each phase, on throwaway networks and one throwaway environment, eager."""
     agent = Agent(args, num_actions).to(device)
-    trainer, buffer = Trainer(agent, args, device, compiled=False), ReplayBuffer(30, args.image_size, device)
+    trainer = Trainer(agent, dataclasses.replace(args, compile=False, cuda_graphs=False), device)
+    buffer = ReplayBuffer(30, args.image_size, device)
     collector, seconds, start = Collector(agent, buffer, trainer.rng, args.seed), {}, time.perf_counter()
     for _ in range(30):
         collector.step()
@@ -1325,6 +1402,8 @@ def run(args: Args, stop: StopRequest) -> dict:
     """The whole program; see main."""
     check_args(args)
     device = resolve_device(args.device)
+    if args.cuda_graphs and device.type != "cuda":
+        raise UsageError(f"--cuda-graphs: there are none on --device {device}; drop the flag, or use a CUDA device")
     args.device, args.preset = str(device), "paper" if args.preset == "auto" else args.preset
     print(
         f"preset {args.preset} (auto: paper with CUDA, else small), {args.env_id}, seed {args.seed}, device {device}",
@@ -1339,9 +1418,10 @@ def run(args: Args, stop: StopRequest) -> dict:
     seconds = measure_speed(args, num_actions, device)
 
     torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high")  # TF32 for what --bf16 leaves in float32
+    torch.backends.cudnn.benchmark = True  # shapes are fixed: try all convolution kernels once, keep the fastest
     agent = Agent(args, num_actions).to(device)
-    trainer = Trainer(agent, args, device, args.compile)
+    trainer = Trainer(agent, args, device)
     buffer = ReplayBuffer(args.total_steps, args.image_size, device, args.recency_weights)
     progress = dict(epoch=0, world_model=0, actor_critic=0, first_steps=0, measured_steps=0, log_lines=0, wall_time=0.0,
                     reward_counts=[0, 0, 0], returns=[])  # fmt: skip
@@ -1489,7 +1569,7 @@ def run(args: Args, stop: StopRequest) -> dict:
 
 
 # What --resume may change; everything else belongs to the run
-RESUMABLE = {"resume", "device", "compile", "runs_dir", "checkpoint_minutes", "track", "tensorboard"}
+RESUMABLE = {"resume", "device", "compile", "cuda_graphs", "runs_dir", "checkpoint_minutes", "track", "tensorboard"}
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -1506,7 +1586,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
         return args
     cuda = resolve_device(first.device).type == "cuda"
     preset = first.preset if first.preset != "auto" else "paper" if cuda else "small"
-    default = dataclasses.replace(Args(), compile=cuda, **(SMALL if preset == "small" else {}))
+    default = dataclasses.replace(Args(), compile=cuda, cuda_graphs=cuda, bf16=cuda, **(SMALL if preset == "small" else {}))
     return dataclasses.replace(tyro.cli(Args, args=argv, default=default), preset=preset)
 
 

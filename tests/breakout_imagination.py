@@ -151,7 +151,7 @@ def main(args: ProbeArgs) -> list[dict]:
     device = jedi.resolve_device(args.device)
     torch.manual_seed(args.seed)
     agent = jedi.Agent(args, num_actions=4).to(device)
-    trainer = jedi.Trainer(agent, args, device, compiled=bool(args.compile))
+    trainer = jedi.Trainer(agent, args, device)
     train, held_out = (
         record(args.frames, args.seed, args, device, False),
         record(args.frames // 5, args.seed + 1, args, device, True),

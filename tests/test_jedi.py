@@ -287,7 +287,7 @@ def test_no_policy_loss_after_an_imagined_end():
 def test_policy_never_trains_the_world_model():
     args = tiny()
     agent, buffer = make_agent(args), filled_buffer(args)
-    trainer = jedi.Trainer(agent, args, CPU, compiled=False)
+    trainer = jedi.Trainer(agent, args, CPU)
     before = {name: value.clone() for name, value in agent.state_dict().items()}
     trainer.update_actor_critic(trainer.contexts(buffer))
     changed = {name.split(".")[0] for name, value in agent.state_dict().items() if not torch.equal(value, before[name])}
@@ -321,7 +321,7 @@ def test_overfits_one_batch():
     """Both world-model losses fall to near zero on one batch: every path from the data to the loss is connected."""
     args = tiny(encoder_channels=(8, 8, 8, 4), denoiser_channels=32, learning_rate=3e-3, warmup_updates=1, latent_norm="batch")
     agent, buffer = make_agent(args), filled_buffer(args)
-    trainer = jedi.Trainer(agent, args, CPU, compiled=False)
+    trainer = jedi.Trainer(agent, args, CPU)
     batch = trainer.segments(buffer)
     logs = [trainer.update_world_model(batch) for _ in range(300)]
     first, last = ({k: torch.stack([log[k] for log in part]).mean() for k in logs[0]} for part in (logs[:10], logs[-10:]))
@@ -482,7 +482,7 @@ def test_readme_fork_example_works(tmp_path):
     args = fork.Args(**TINY | dict(learning_rate=3e-3, warmup_updates=1))
     torch.manual_seed(0)
     agent, buffer = fork.Agent(args, 3), filled_buffer(args)
-    trainer = fork.Trainer(agent, args, CPU, compiled=False)
+    trainer = fork.Trainer(agent, args, CPU)
     batch = trainer.segments(buffer)
     losses = [trainer.update_world_model(batch)["losses/denoising"].item() for _ in range(150)]
     assert losses[-1] < 0.1 * losses[0]
@@ -851,13 +851,13 @@ def test_compiled_equals_eager():
         agent.zero_grad()
         loss, _ = trainer.world_model_loss(agent, batch, *noise)
         loss.backward()
-        rollout = jedi.imagine(agent, z, batch.act[:, :4], batch.real[:, :4], *randomness)
+        context = z, batch.act[:, :4], batch.real[:, :4]
+        rollout = jedi.imagine(agent, *context, *randomness, step=trainer.imagine_step)
         policy_loss, _ = trainer.actor_critic_loss(agent, rollout)
         policy_loss.backward()
         return [loss, policy_loss, rollout.z, *(p.grad.clone() for p in agent.parameters())]
 
-    eager = outcome(jedi.Trainer(agent, args, CPU, compiled=False))
-    compiled = outcome(jedi.Trainer(agent, args, CPU, compiled=True))
-    assert hasattr(agent.denoiser.sample, "_torchdynamo_orig_callable")
+    eager = outcome(jedi.Trainer(agent, args, CPU))
+    compiled = outcome(jedi.Trainer(agent, dataclasses.replace(args, compile=True), CPU))
     for a, b in zip(eager, compiled):
         torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4)
