@@ -15,6 +15,7 @@ Provenance of numbers and choices: [P] published for JEDI, [D] DIAMOND's default
 Letters of shapes: B batch, T time, L conditioning steps, H horizon, C h w latent channels and size, S image size, A actions.
 """
 
+import ctypes
 import dataclasses
 import difflib
 import importlib
@@ -69,13 +70,13 @@ class Args:
     cuda_graphs: bool = False
     """replay each update as one CUDA graph instead of launching its kernels; the command line turns it on for CUDA"""
     bf16: bool = False
-    """bfloat16 in the convolutional trunks, float32 in everything else; the command line turns it on for CUDA"""
+    """bfloat16 in the convolutions of all networks but the encoder; the command line turns it on for CUDA"""
     exp_name: str = "jedi"
     """name of the method in the run directory and in the result; change it in a fork"""
     runs_dir: str = "runs"
     """where run directories are made"""
     resume: str | None = None
-    """run directory to continue; every other flag then comes from that run"""
+    """run directory to continue; every other flag then comes from that run. auto: the newest of this game, name and seed"""
     checkpoint_minutes: float = 10.0
     """minutes between checkpoints; one is also written at the end and on Ctrl-C"""
     track: bool = False
@@ -444,10 +445,10 @@ class ReplayBuffer:
 # Network blocks
 # ====================================================================================================================
 def trunk_dtype(args: Args, x: Tensor) -> torch.autocast:
-    """For --bf16: the context of the convolutional trunks, where nearly all arithmetic is and each output averages its errors.
+    """For --bf16: the context of the convolutional trunks of denoiser, reward/end model and actor-critic.
 
-    What accumulates small numbers stays float32: parameters, optimizer, LSTM states, heads, losses, and the noise levels, whose
-    range of 1 to 10,000 bfloat16's 8 bits of precision would blur.
+    All else stays float32: what sums up small numbers (parameters, optimizer, LSTM states, heads, losses), the noise levels,
+    which span 1 to 10,000, and the encoder, for what moves is a small part of its output, which rounding would blur.
     """
     return torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16)
 
@@ -563,8 +564,7 @@ class Encoder(nn.Module):
 
     def forward(self, obs: Tensor, real: Tensor | None = None) -> Tensor:
         """With `real` [...], as in the world model's update, normalises by these real frames; else by the running values."""
-        with trunk_dtype(self.args, obs):
-            x = self.net(obs.flatten(0, -4).float() / 127.5 - 1).float()  # [N, C, h, w]
+        x = self.net(obs.flatten(0, -4).float() / 127.5 - 1)  # [N, C, h, w]
         if self.args.latent_norm == "batch":
             mean, var = self.mean, self.var
             if real is not None:
@@ -1042,7 +1042,7 @@ class Trainer:
 # ====================================================================================================================
 def effective_rank(x: Tensor) -> Tensor:
     """exp(entropy of the normalised singular values) of centred x [N, D], at most min(N - 1, D). Roy & Vetterli 2007."""
-    s = torch.linalg.svdvals(x - x.mean(0))
+    s = torch.linalg.svdvals((x - x.mean(0)).cpu())  # once per epoch, and not every device can
     p = s / s.sum().clamp(min=1e-12)
     return torch.special.entr(p).sum().exp()
 
@@ -1353,7 +1353,7 @@ def memory_gib(device: torch.device) -> float:
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop, and its checkpoint is written."""
+    """Nothing more to do: a signal asked the run to stop and its checkpoint is written, or it has finished before."""
 
 
 class StopRequest:
@@ -1372,6 +1372,16 @@ class StopRequest:
         self.signal = number
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         print("\nstopping after this update, with a checkpoint (once more: at once, without one)", flush=True)
+
+
+def set_up(device: torch.device) -> None:
+    """Settings of the process that make training faster and change nothing else."""
+    torch.set_float32_matmul_precision("high")  # on CUDA, TF32 for what --bf16 leaves in float32
+    torch.backends.cudnn.benchmark = True  # shapes are fixed: try all convolution kernels once, keep the fastest
+    if device.type == "cpu" and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        # glibc gives every freed block over 32 MiB back to the system, which then zeroes its pages anew: keep them instead
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 def measure_speed(args: Args, num_actions: int, device: torch.device) -> dict[str, float]:
@@ -1415,11 +1425,10 @@ def run(args: Args, stop: StopRequest) -> dict:
             f"--device {device}: {args.resume} ran on {state['device_type']}; its random state cannot move, go on there"
         )
     num_actions = int(make_env(args.env_id, args.seed, True, args.image_size, args.allow_sticky).action_space.n)
+    set_up(device)
     seconds = measure_speed(args, num_actions, device)
 
     torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")  # TF32 for what --bf16 leaves in float32
-    torch.backends.cudnn.benchmark = True  # shapes are fixed: try all convolution kernels once, keep the fastest
     agent = Agent(args, num_actions).to(device)
     trainer = Trainer(agent, args, device)
     buffer = ReplayBuffer(args.total_steps, args.image_size, device, args.recency_weights)
@@ -1572,22 +1581,38 @@ def run(args: Args, stop: StopRequest) -> dict:
 RESUMABLE = {"resume", "device", "compile", "cuda_graphs", "runs_dir", "checkpoint_minutes", "track", "tensorboard"}
 
 
+def newest_run(args: Args) -> str | None:
+    """For --resume auto: the newest run directory of this game, exp_name and seed that has a checkpoint, None if there is none.
+
+    Raises Interrupted, with exit code 0, if that run has finished.
+    """
+    stem = f"{game_name(args.env_id)}__{args.exp_name}__{args.seed}__"
+    runs = [path.parent for path in pathlib.Path(args.runs_dir).glob(f"{stem}*/ckpt.pt")]
+    if not runs:
+        return None
+    run_dir = max(runs, key=lambda path: int(path.name.removeprefix(stem)))
+    if (run_dir / "result.json").exists():
+        raise Interrupted(f"{run_dir}: finished already, nothing to do", 0)
+    return str(run_dir)
+
+
 def parse_args(argv: list[str] | None = None) -> Args:
     """Command line -> Args: defaults < preset (or the resumed run's args) < flags."""
     first = tyro.cli(Args, args=argv)
-    if first.resume:
-        saved = Args(**load_checkpoint(pathlib.Path(first.resume))["args"])
-        args = tyro.cli(Args, args=argv, default=saved)
+    run_dir = newest_run(first) if first.resume == "auto" else first.resume
+    if run_dir:
+        saved = Args(**load_checkpoint(pathlib.Path(run_dir))["args"])
+        args = dataclasses.replace(tyro.cli(Args, args=argv, default=saved), resume=run_dir)
         for field in dataclasses.fields(Args):
             given, kept = getattr(args, field.name), getattr(saved, field.name)
             if given != kept and field.name not in RESUMABLE:
                 flag = "--" + field.name.replace("_", "-")
-                raise UsageError(f"{flag} {given}: {first.resume} has {kept}; drop the flag, or start a new run")
+                raise UsageError(f"{flag} {given}: {run_dir} has {kept}; drop the flag, or start a new run")
         return args
     cuda = resolve_device(first.device).type == "cuda"
     preset = first.preset if first.preset != "auto" else "paper" if cuda else "small"
     default = dataclasses.replace(Args(), compile=cuda, cuda_graphs=cuda, bf16=cuda, **(SMALL if preset == "small" else {}))
-    return dataclasses.replace(tyro.cli(Args, args=argv, default=default), preset=preset)
+    return dataclasses.replace(tyro.cli(Args, args=argv, default=default), preset=preset, resume=None)
 
 
 def cli(argv: list[str] | None = None) -> int:
@@ -1599,6 +1624,10 @@ def cli(argv: list[str] | None = None) -> int:
         return 2
     except OSError as error:  # a full disk while logging, a directory taken away
         print(f"error: {error.filename}: {error.strerror}; mend that, then --resume the run", file=sys.stderr)
+        return 2
+    except NotImplementedError as error:  # Apple's MPS lacks some operations
+        reason, remedy = str(error).splitlines()[0], "use --device cpu, or set PYTORCH_ENABLE_MPS_FALLBACK=1"
+        print(f"error: this device cannot do what training needs ({reason}); {remedy}", file=sys.stderr)
         return 2
     except Interrupted as interrupted:
         message, code = interrupted.args
