@@ -424,7 +424,7 @@ class ReplayBuffer:
         return Batch(self.obs[inside], act, self.rew[inside].sign(), self.end[inside].long(), real, step)
 
     def state_dict(self) -> dict:
-        state = {name: getattr(self, name)[: self.size].clone() for name in self.FIELDS}
+        state = {name: getattr(self, name)[: self.size].to("cpu", copy=True) for name in self.FIELDS}
         return state | dict(
             slot_of_step=self.slot_of_step.clone(), num_steps=self.num_steps, starts=list(self.first_step_of_episode)
         )
