@@ -444,7 +444,7 @@ class ReplayBuffer:
 # ====================================================================================================================
 # Network blocks
 # ====================================================================================================================
-def trunk_dtype(args: Args, x: Tensor) -> torch.autocast:
+def trunk_precision(args: Args, x: Tensor) -> torch.autocast:
     """For --bf16: the context of the convolutional trunks of denoiser, reward/end model and actor-critic.
 
     All else stays float32: what sums up small numbers (parameters, optimizer, LSTM states, heads, losses), the noise levels,
@@ -659,7 +659,7 @@ class Denoiser(nn.Module):
         if self.args.predict == "change":  # the newest latent, and the past changes in the unit of the change to come
             past = (z_hist[:, 1:] - z_hist[:, :-1]) / self.origin(z_hist)[1]
             z_hist = torch.cat([past, z_hist[:, -1:]], 1)
-        with trunk_dtype(self.args, y_in):
+        with trunk_precision(self.args, y_in):
             cond = self.cond_mlp(torch.cat([angle.cos(), angle.sin()], 1) + actions)  # [B, cond]
             x = self.conv_in(torch.cat([z_hist.flatten(1, 2) / self.args.sigma_data, y_in], 1))  # [B, width, h, w]
             skips = [x]
@@ -739,7 +739,7 @@ class RewardEndModel(nn.Module):
     def forward(self, z: Tensor, act: Tensor, z_next: Tensor, real: Tensor | None = None, state=None):
         """z, z_next [B, T, C, h, w], act and real [B, T] -> logits [B, T, 3] and [B, T, 2], LSTM state."""
         cond = self.action_embedding(act.flatten())  # [B * T, cond]
-        with trunk_dtype(self.args, z):
+        with trunk_precision(self.args, z):
             x = self.conv_in(torch.cat([z, z_next], 2).flatten(0, 1))  # [B * T, width, h, w]
             for block in self.blocks:
                 x = block(x, cond)
@@ -775,7 +775,7 @@ class ActorCritic(nn.Module):
 
     def forward(self, z: Tensor, real: Tensor | None = None, state=None):
         """z [B, T, C, h, w], real [B, T] -> logits [B, T, A], value [B, T], LSTM state."""
-        with trunk_dtype(self.args, z):
+        with trunk_precision(self.args, z):
             x = self.conv(z.detach().flatten(0, 1)).unflatten(0, z.shape[:2])  # [B, T, features]
         x, state = self.lstm(x.float(), real, state)
         return self.actor(x), self.critic(x).squeeze(-1), state
@@ -1399,6 +1399,8 @@ def measure_speed(args: Args, num_actions: int, device: torch.device) -> dict[st
                 start = time.perf_counter()
                 float(sum(update(draw(buffer)).values()))  # waits for the device
                 seconds[name] = time.perf_counter() - start
+    if device.type == "cuda":  # charts/peak_gib is that of the run itself
+        torch.cuda.reset_peak_memory_stats(device)
     return seconds
 
 
