@@ -825,7 +825,7 @@ def imagination_noise(args: Args, batch: int, num_actions: int, generator: torch
 def imagine_step(agent: "Agent", z_hist: Tensor, act_hist: Tensor, policy_state, model_state, noise, gumbels, act=None):
     """One step of policy and world model, from the last L latents [B, L, C, h, w] and the L-1 actions between them [B, L-1].
 
-    -> z_next [B, C, h, w], (act [B], rew [B], end [B], logits of both), the new LSTM states. `act`, if given, replaces the policy's.
+    -> z_next [B, C, h, w], (act [B], rew [B], end [B], logits of both), the new LSTM states. With `act` the policy is not asked.
     """
     num_actions, z_now = agent.num_actions, z_hist[:, -1:]  # [B, 1, C, h, w]
     if act is None:
@@ -1584,7 +1584,7 @@ RESUMABLE = {"resume", "device", "compile", "cuda_graphs", "runs_dir", "checkpoi
 
 
 def newest_run(args: Args) -> str | None:
-    """For --resume auto: the newest run directory of this game, exp_name and seed that has a checkpoint, None if there is none.
+    """For --resume auto: the newest run directory of this game, exp_name and seed that has a checkpoint, or None.
 
     Raises Interrupted, with exit code 0, if that run has finished.
     """

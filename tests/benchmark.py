@@ -18,6 +18,7 @@ import dataclasses
 import json
 import multiprocessing
 import pathlib
+import re
 import statistics
 import sys
 import time
@@ -71,8 +72,21 @@ def prepare(phase: str, args: jedi.Args, device: torch.device):
     return lambda: trainer.update_world_model(trainer.segments(buffer))
 
 
-def measure(phase: str, mode: str, args: jedi.Args, reps: int) -> dict[str, float]:
-    """Seconds (median, min, max), peak memory and, in eager mode, FLOPs of one call of a phase."""
+def profile(call, wait, cuda: bool) -> dict:
+    """One call under PyTorch's profiler: the share of the wall clock in which kernels ran, and the eight that ran longest."""
+    with torch.profiler.profile() as profiler:
+        start = time.perf_counter()
+        call()
+        wait()
+        wall = time.perf_counter() - start
+    kernels = [e for e in profiler.key_averages() if (e.device_type == torch.autograd.DeviceType.CUDA) == cuda]
+    seconds = {e.key: (e.self_device_time_total if cuda else e.self_cpu_time_total) / 1e6 for e in kernels}
+    top = sorted(kernels, key=lambda e: seconds[e.key], reverse=True)[:8]
+    return {"busy": sum(seconds.values()) / wall, "top": [[e.key, e.count, seconds[e.key] / wall] for e in top]}
+
+
+def measure(phase: str, mode: str, args: jedi.Args, reps: int, profiled: bool) -> dict[str, float]:
+    """Seconds (median, min, max), peak memory and, in eager mode, FLOPs of one call of a phase; on request its profile."""
     device = jedi.resolve_device(args.device)
     jedi.set_up(device)
     args = dataclasses.replace(args, compile=mode != "eager", cuda_graphs=mode == "graphs")
@@ -92,6 +106,8 @@ def measure(phase: str, mode: str, args: jedi.Args, reps: int) -> dict[str, floa
     result = dict(
         median_s=statistics.median(seconds), min_s=min(seconds), max_s=max(seconds), peak_gib=jedi.memory_gib(device)
     )
+    if profiled:
+        result["profile"] = profile(call, wait, device.type == "cuda")
     if mode == "eager":  # counted on a batch of 2, which is quick, and scaled: the work is linear in the batch
         call, scale = prepare(phase, dataclasses.replace(args, batch_size=2), device), args.batch_size / 2
         with FlopCounterMode(display=False) as flops:
@@ -141,10 +157,11 @@ def show(report: dict, args: jedi.Args) -> str:
     """The report as a table."""
     rate, phases = report["matmul_gflops"], report["phases"]
     lines = [
-        f"{report['device_name']}, {report['device']}, {report['threads']} threads, preset {report['preset']}, batch {args.batch_size}, "
+        f"{report['device_name']}, {report['device']}, {report['threads']} threads, preset {report['preset']}, "
+        f"batch {args.batch_size}, "
         f"{'bf16 trunks' if args.bf16 else 'fp32'}, torch {report['torch']}, {report['date']}; "
         f"matrix product {rate / 1000:.3g} TFLOP/s, {report['reps']} repetitions",
-        f"{'phase':20} {'mode':9} {'median':>10} {'min':>10} {'max':>10} {'x eager':>8} {'GiB':>6} {'GFLOP':>7} {'of matmul':>9}",
+        f"{'phase':20} {'mode':9} {'median':>10} {'min':>10} {'max':>10} {'x eager':>8} {'GiB':>6} {'GFLOP':>7} of matmul",
     ]
     for phase, modes in phases.items():
         gflop = modes.get("eager", {}).get("gflop")
@@ -153,6 +170,9 @@ def show(report: dict, args: jedi.Args) -> str:
             speedup = f"{modes['eager']['median_s'] / m['median_s']:.2f}" if "eager" in modes else "-"
             work = f"{gflop:7.1f} {gflop / m['median_s'] / rate:9.1%}" if gflop else f"{'-':>7} {'-':>9}"
             lines.append(f"{phase:20} {mode:9} {times} {speedup:>8} {m['peak_gib']:6.2f} {work}")
+    for phase, mode, m in [(phase, mode, m) for phase, modes in phases.items() for mode, m in modes.items() if "profile" in m]:
+        top = ", ".join(f"{share:.0%} {name[:50]} ({count})" for name, count, share in m["profile"]["top"])
+        lines.append(f"{phase} {mode}: kernels busy {m['profile']['busy']:.0%} of the time; by kernel (calls): {top}")
     for mode, x in report["projection"].items():
         lines.append(f"{mode}: {x['epoch_s']:.1f} s an epoch, {x['run_hours']:.2f} hours a run (projected)")
     return "\n".join(lines)
@@ -166,6 +186,7 @@ def main() -> int:
     parser.add_argument("--phases", default=",".join(PHASES), help="some of " + ", ".join(PHASES))
     parser.add_argument("--modes", help="some of " + ", ".join(MODES))
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="default: on for CUDA")
+    parser.add_argument("--profile", action="store_true", help="also say what the time is spent on")
     parser.add_argument("--reps", type=int, help="timed calls (default: 50 on CUDA, else 5)")
     parser.add_argument("--json", type=pathlib.Path, help="also write the numbers here")
     given = parser.parse_args()
@@ -190,14 +211,17 @@ def main() -> int:
         parser.error(f"--reps {reps}: must be at least 1")
 
     call = (lambda function, *arguments: function(*arguments)) if cuda else in_fresh_process
+    cpu_names = pathlib.Path("/proc/cpuinfo")  # platform.processor() only says x86_64
+    names = re.findall("model name\\s*: (.*)", cpu_names.read_text()) if not cuda and cpu_names.exists() else []
     report = dict(device=str(device), preset=args.preset, torch=torch.__version__, bf16=args.bf16, reps=reps,
-                  device_name=jedi.versions(device)["device_name"], date=time.strftime("%Y-%m-%d"), threads=torch.get_num_threads(),
+                  device_name=(names or [jedi.versions(device)["device_name"]])[0], date=time.strftime("%Y-%m-%d"),
+                  threads=torch.get_num_threads(),
                   matmul_gflops=call(matmul_gflops, args), phases={p: {} for p in phases}, projection={})  # fmt: skip
     for phase in phases:
         for mode in modes if phase != "collect_step" else ["eager"]:  # acting is always eager
             if sys.stderr.isatty():
                 print(f"\r{phase} {mode} ...".ljust(60), end="\r", file=sys.stderr, flush=True)
-            report["phases"][phase][mode] = call(measure, phase, mode, args, reps)
+            report["phases"][phase][mode] = call(measure, phase, mode, args, reps, given.profile)
     if {"collect_step", "joint_update", "actor_critic_update"} <= set(phases):
         report["phases"]["collect_step"] |= {mode: report["phases"]["collect_step"]["eager"] for mode in modes}
         for mode in modes:

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 import evaluate
 import jedi
+from tests.gpu_evidence import curve_of
 from tests.test_jedi import CPU, ROOT, filled_buffer, flags, make_agent, run, tiny
 
 FORMS = [dict(), dict(latent_norm="batch", predict="change", bf16=True)]
@@ -164,14 +165,15 @@ def test_benchmark_writes_its_numbers(tmp_path):
         "--json",
         str(path),
     ]
-    command += ["--phases", "collect_step,imagined_step"]
+    command += ["--phases", "collect_step,imagined_step", "--profile"]
     out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert out.returncode == 0 and not out.stderr, out.stderr
+    assert out.returncode == 0, out.stderr
     report = json.loads(path.read_text())
     assert (report["device"], report["preset"], report["torch"]) == ("cpu", "small", torch.__version__)
     for phase in ("collect_step", "imagined_step"):
         assert phase in out.stdout
         m = report["phases"][phase]["eager"]
+        assert 0.2 < m["profile"]["busy"] < 1.1 and len(m["profile"]["top"]) == 8
         assert 0 < m["min_s"] <= m["median_s"] <= m["max_s"] < 60 and 0.05 < m["peak_gib"] < 10
     # by hand: 3 denoising steps x batch 24 x 64 positions x 2 x the weights of the U-Net's convolutions, and a little more
     weights = sum(p.numel() for p in jedi.Agent(jedi.Args(**jedi.SMALL), 4).denoiser.parameters() if p.dim() == 4)
@@ -241,3 +243,15 @@ def test_readme_sweeps_start_every_run_once(tmp_path):
     for line in (started[0], started[-1]):
         args = jedi.parse_args([*line.split()[1:], "--runs-dir", str(tmp_path), "--device", "cpu"])
         assert (args.preset, args.resume) == ("paper", None)
+
+
+def test_evidence_reads_a_run(tmp_path):
+    result, _, run_dir = run(tmp_path)
+    curve = curve_of(run_dir, bin_steps=20)
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    returns = [line["charts/episodic_return"] for line in lines if "charts/episodic_return" in line]
+    assert curve["score"] == result["mean_return"] and curve["global_step"] == 60 and 0 < curve["hours"] < 0.1
+    assert sum(mean * count for _, mean, count in curve["returns_while_collecting"]) == pytest.approx(sum(returns))
+    assert [step for step, _, _ in curve["returns_while_collecting"]] == [20, 40, 60, 80][
+        : len(curve["returns_while_collecting"])
+    ]
