@@ -793,6 +793,11 @@ def lambda_returns(rew: Tensor, end: Tensor, value: Tensor, gamma: float, lambda
     return torch.stack(returns[::-1], 1)
 
 
+def until_end(end: Tensor) -> Tensor:
+    """end [B, H], 0 or 1 -> bool [B, H]: True up to and including the first end."""
+    return torch.cat([torch.ones_like(end[:, :1]), 1 - end[:, :-1]], 1).cumprod(1).bool()
+
+
 # ====================================================================================================================
 # Imagination
 # ====================================================================================================================
@@ -825,7 +830,7 @@ def imagination_noise(args: Args, batch: int, num_actions: int, generator: torch
 def imagine_step(agent: "Agent", z_hist: Tensor, act_hist: Tensor, policy_state, model_state, noise, gumbels, act=None):
     """One step of policy and world model, from the last L latents [B, L, C, h, w] and the L-1 actions between them [B, L-1].
 
-    -> z_next [B, C, h, w], (act [B], rew [B], end [B], logits of both), the new LSTM states. With `act` the policy is not asked.
+    -> z_next [B, C, h, w], (act, rew, end [B], logits of the latter), new LSTM states. With `act` [B] the policy is not asked.
     """
     num_actions, z_now = agent.num_actions, z_hist[:, -1:]  # [B, 1, C, h, w]
     if act is None:
@@ -899,7 +904,7 @@ def actor_critic_loss(agent: Agent, rollout: Rollout) -> tuple[Tensor, dict]:
     logits, value = logits[:, -horizon - 1 : -1], value[:, -horizon - 1 :]  # [B, H, A], [B, H+1]
     returns = lambda_returns(rollout.rew, rollout.end, value.detach(), args.gamma, args.lambda_)  # [B, H]
     # DEVIATES: after an imagined end nothing counts; DIAMOND begins another rollout there
-    alive = torch.cat([torch.ones_like(rollout.end[:, :1]), 1 - rollout.end[:, :-1]], 1).cumprod(1).bool()  # [B, H]
+    alive = until_end(rollout.end)  # [B, H]
     log_probs = logits.log_softmax(-1)  # [B, H, A]
     log_prob = log_probs.gather(-1, rollout.act[..., None]).squeeze(-1)  # [B, H]
     entropy = masked_mean(-(log_probs.exp() * log_probs).sum(-1), alive)
@@ -1079,9 +1084,8 @@ def measure(agent: Agent, batch: Batch, *randomness: Tensor) -> dict[str, Tensor
         logs[f"world_model/end_accuracy_{value}"] = accuracy(end_correct, end == value)
 
     free = imagine(agent, *context, *randomness)
-    alive = torch.cat([torch.ones_like(free.end[:, :1]), 1 - free.end[:, :-1]], 1).cumprod(1)
     complete = step[:, -1] | (end & step).any(1)  # the recording reaches H steps or the episode's end
-    logs["world_model/return_imagined"] = (free.rew * alive).sum(1).mean()
+    logs["world_model/return_imagined"] = (free.rew * until_end(free.end)).sum(1).mean()
     logs["world_model/return_real"] = ((rew * step).sum(1) * complete).sum() / complete.sum()
     return logs | {"latent/effective_rank": effective_rank(z[:, steps - 1].flatten(1)), "latent/abs_max": z.abs().max()}
 

@@ -4,8 +4,8 @@
     python tests/gpu_evidence.py --minutes 9.5 --exp-name change -- --predict change      # more flags for jedi.py
 
 The first call runs the tests that need CUDA and the benchmark. Every call then trains all games at once on the one card, at a
-reduced replay ratio (a seventh of the paper's updates for all of its 100,000 steps), from where the last call stopped, and ends
-in time with a checkpoint. Curves go to <out>/<exp-name>_<game>.json; a table with random, human and DIAMOND is printed.
+reduced replay ratio (a thirtieth of the paper's updates, for all of its 100,000 steps), from where the last call stopped, and
+ends in time with a checkpoint. Curves go to <out>/<exp-name>_<game>.json; a table with random, human and DIAMOND is printed.
 This is a short run, not the benchmark: one seed, and far fewer updates than published.
 """
 
