@@ -940,8 +940,14 @@ class CudaGraph:
         if self.graph is None:
             self.batch, self.graph = Batch(*(x.clone() for x in batch)), torch.cuda.CUDAGraph()
             self.graph.register_generator_state(self.rng)  # a replay then draws new numbers, and moves the generator on
-            with torch.cuda.graph(self.graph):
-                self.logs = self.function(self.batch)
+            try:
+                with torch.cuda.graph(self.graph):
+                    self.logs = self.function(self.batch)
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                raise UsageError(
+                    f"--cuda-graphs: the capture failed ({reason}); pass --no-cuda-graphs, which is slower"
+                ) from error
         for fixed, new in zip(self.batch, batch):
             fixed.copy_(new)
         self.graph.replay()
