@@ -552,9 +552,8 @@ class Encoder(nn.Module):
         super().__init__()
         c1, c2, c3, c4 = args.encoder_channels
         self.args = args
-        # DEVIATES: no residual block at the frame's full resolution, where it would be two thirds of the encoder's arithmetic
         self.net = nn.Sequential(
-            conv3x3(3, c1), conv3x3(c1, c2, stride=2),
+            conv3x3(3, c1), ResBlock(c1, c1), conv3x3(c1, c2, stride=2),
             ResBlock(c2, c2), conv3x3(c2, c3, stride=2),
             ResBlock(c3, c3), conv3x3(c3, c3, stride=2),
             ResBlock(c3, c3), GroupNorm(c3), nn.SiLU(), conv3x3(c3, c4),

@@ -789,7 +789,8 @@ def test_command_line_end_to_end(tmp_path):
 # Slow: learning, and the compiled path
 # --------------------------------------------------------------------------------------------------------------------
 TOY = (  # the README's command
-    "--env-id tests.toy:Catch-v0 --preset small --image-size 32 --total-steps 6400 --final-epochs 0 --eval-episodes 50"
+    "--env-id tests.toy:Catch-v0 --preset small --image-size 32 --total-steps 6400 --steps-per-epoch 400 --final-epochs 0 "
+    "--world-model-updates 60 --actor-critic-updates 80 --eval-episodes 50"
 ).split()
 
 
