@@ -879,7 +879,7 @@ class Agent(nn.Module):
         self.args, self.num_actions = args, num_actions
         self.encoder, self.denoiser = Encoder(args), Denoiser(args, num_actions)
         self.reward_end, self.actor_critic = RewardEndModel(args, num_actions), ActorCritic(args, num_actions)
-        self.to(memory_format=torch.channels_last)  # convolutions then run up to twice as fast
+        self.to(memory_format=torch.channels_last)  # the layout in which convolutions run fastest
 
 
 def world_model_loss(agent: Agent, batch: Batch, sigma: Tensor, noise: Tensor, feed_own: Tensor) -> tuple[Tensor, dict]:
