@@ -1,7 +1,7 @@
 """Times every phase of training, side by side in eager, compiled and CUDA-graph mode, and projects the hours of a whole run.
 
     python tests/benchmark.py                                       # on CUDA all three modes, on a CPU eager only
-    python tests/benchmark.py --preset paper --device cpu --reps 3  # under a minute on two cores
+    python tests/benchmark.py --preset paper --device cpu --reps 3  # 93 s on two cores
     python tests/benchmark.py --modes eager,compiled --phases imagined_step,actor_critic_update --json out.json
 
 Phases: collect_step, one environment step with the policy; world_model_update, the diffusion loss alone; reward_end_update,
