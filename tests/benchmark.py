@@ -141,7 +141,8 @@ def in_fresh_process(function, *arguments):
 
 def projection(args: jedi.Args, phases: dict, mode: str) -> tuple[float, float]:
     """Seconds of one later epoch and hours of a whole run at the preset's schedule, without measurements and final games."""
-    cost = {name: phases[name][mode]["median_s"] for name in ("collect_step", "joint_update", "actor_critic_update")}
+    modes = {"collect_step": "eager", "joint_update": mode, "actor_critic_update": mode}  # acting is always eager
+    cost = {name: phases[name][mode]["median_s"] for name, mode in modes.items()}
     epochs = -(-(args.total_steps - args.first_collect_steps) // args.steps_per_epoch) + args.final_epochs
     updates = {
         "joint_update": args.first_world_model_updates + epochs * args.world_model_updates,
@@ -223,11 +224,9 @@ def main() -> int:
                 print(f"\r{phase} {mode} ...".ljust(60), end="\r", file=sys.stderr, flush=True)
             report["phases"][phase][mode] = call(measure, phase, mode, args, reps, given.profile)
     if {"collect_step", "joint_update", "actor_critic_update"} <= set(phases):
-        report["phases"]["collect_step"] |= {mode: report["phases"]["collect_step"]["eager"] for mode in modes}
         for mode in modes:
             epoch, hours = projection(args, report["phases"], mode)
             report["projection"][mode] = dict(epoch_s=epoch, run_hours=hours)
-        report["phases"]["collect_step"] = {"eager": report["phases"]["collect_step"]["eager"]}
     print(show(report, args))
     if given.json:
         given.json.write_text(json.dumps(report, indent=1))
