@@ -1,21 +1,25 @@
-"""evaluate.py: Atari 100k scores -> the aggregates that papers quote, with intervals and without the usual mistakes.
+"""evaluate.py: Atari 100k scores -> the aggregates that papers quote, with intervals; and pictures of what an agent imagines.
 
-    python evaluate.py runs/*                          # what jedi.py wrote: one run directory per game and seed
-    python evaluate.py scores.json OURS=other.json     # {"Alien": [one score per seed], ...}: the format peers publish
-    python evaluate.py --baselines                     # the published methods alone, or beside yours
-    python evaluate.py --checkpoint runs/<run>         # play a trained agent, headless, and write its result.json
+    python evaluate.py runs                             # what jedi.py wrote: all finished runs below, by method, game, seed
+    python evaluate.py scores.json OURS=other.json      # {"Alien": [one score per seed], ...}: the format peers publish
+    python evaluate.py runs --compare mse jedi          # mse - jedi with intervals, and the probability of improvement
+    python evaluate.py --baselines                      # the published methods alone, or beside yours
+    python evaluate.py --checkpoint runs/<run>          # the score of a trained agent over --episodes full games
+    python evaluate.py --imagine runs/<run> strip.png   # film strips: reality, and imagination under the same actions
+    python evaluate.py --dream runs/<run> dream.gif     # the policy plays in imagination alone, --steps long
+    python evaluate.py --video runs/<run> game.gif      # the policy plays a real game
+    python evaluate.py --curves runs --plot curves.png  # returns and imagination error of all runs while they trained
 
-Only --checkpoint, --plot and --video need more than numpy. HNS: human-normalised score. G games, N runs, R resamples.
+Looking changes no run: only files that you name are written. Scores need numpy alone, --curves matplotlib, pictures pillow,
+and agents what jedi.py needs. HNS: human-normalised score. G games, N runs, R resamples; other letters of shapes as in jedi.py.
 """
 
 import argparse
-import csv
-import difflib
-import glob
+import dataclasses
+import importlib.util
 import json
 import re
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -41,34 +45,28 @@ UpNDown 533.4 11693.2 3350.3 15981.7 3546.2 7600 7985 3856.3|Seaquest 68.4 42054
 ROWS = [half.split() for column in zip(*(line.split("|") for line in TABLE.splitlines())) for half in column]
 SCORES = {game: tuple(map(float, scores)) for game, *scores in ROWS}  # {game: (random, human, SimPLe, ...)}
 HALVES = {"Agent-Optimal": list(SCORES)[:13], "Human-Optimal": list(SCORES)[13:]}
-PUBLISHED = {  # paper, its evaluation protocol, IQM and optimality gap of its published per-seed file if that file agrees
+PUBLISHED = {  # paper, its evaluation protocol, then QUOTED of it: printed, or of its per-seed file if that file agrees
     "SimPLe": ("Kaiser et al. 2020, arXiv 1903.00374", "not known", [0.130, 0.729]),
     "TWM": ("Robine et al. 2023, arXiv 2303.07109", "100 episodes, no no-ops, FIRE after a lost life", [0.459, 0.513]),
     "IRIS": ("Micheli et al. 2023, arXiv 2209.00588", "100 episodes, temperature 0.5, 1 no-op", [0.501, 0.512]),
     "DreamerV3": ("Hafner et al. 2023, arXiv 2301.04104", "training episodes", [None, None]),
     "STORM": ("Zhang et al. 2023, arXiv 2310.09615", "20 episodes, no no-ops, sticky actions in its code", [None, None]),
     "DIAMOND": ("Alonso et al. 2024, arXiv 2405.12399", "100 episodes, temperature 1, 1 to 30 no-ops", [0.641, 0.480]),
+    "JEDI": ("arXiv 2605.13013", "not known, nor are its scores per game", [0.688, 0.460, 1.450, 0.377]),
 }
-SYM_HNS = """harmonic mean of the halves, 2 HO AO / (HO + AO). This definition is OURS: arXiv 2505.19698 v3 introduces Sym-HNS
-but no public text gives its formula. If a half is at or below 0 (random), it is the lower half, its limit at 0."""
-HALVES_TEXT = """AO, Agent-Optimal: the 13 games with the highest HNS averaged over IRIS, TWM, DreamerV3 and STORM; HO,
-Human-Optimal: the other 13. The even partition of arXiv 2505.19698 v3, made from the published means: no list is public."""
-CELLS = """score (mean over seeds), ± standard deviation, HNS. Aggregates are of HNS, with their interval. * best of the row,
-- undefined or unknown, † computed from the seeds that were published, for it cannot be computed from means."""
-AGGREGATES = {  # key: (label, which is best: 1 highest, -1 lowest, 0 neither, decimals, definition)
-    "mean": ("Mean", 1, 3, "mean over games of the mean over seeds of HNS = (score - random) / (human - random)"),
-    "median": ("Median", 1, 3, "median over games of the mean over seeds"),
-    "iqm": ("IQM", 1, 3, "mean of the middle half of all runs x games, not of the game means (Agarwal et al. 2021)"),
-    "optimality_gap": ("Optimality gap", -1, 3, "1 - mean of min(HNS, 1) over all runs x games; lower is better"),
-    "superhuman": ("Superhuman games", 1, 0, "games whose mean over seeds is at or above human"),
-    "human_optimal": ("Human-Optimal mean", 1, 3, "HO, mean over the Human-Optimal games"),
-    "agent_optimal": ("Agent-Optimal mean", 1, 3, "AO, mean over the Agent-Optimal games"),
-    "asymmetry": ("Asymmetry AO / HO", 0, 2, "AO / HO, undefined unless both are above 0"),
-    "sym_hns": ("Sym-HNS (harmonic)", 1, 3, SYM_HNS),
-    "sym_hns_geometric": ("Sym-HNS (geometric)", 1, 3, "the same with sqrt(HO AO), for comparison"),
-    "harmonic_hns": ("Harmonic HNS (+0.1)", 1, 3, "1 / mean of 1 / (HNS + 0.1), arXiv 2605.13013 eq. 10; needs HNS > -0.1"),
-}
+AGGREGATES = {  # key: (label, decimals); `aggregate` defines them
+    "mean": ("Mean", 3), "median": ("Median", 3), "iqm": ("IQM", 3), "optimality_gap": ("Optimality gap", 3),
+    "superhuman": ("Superhuman games", 0), "human_optimal": ("Human-Optimal mean HO", 3),
+    "agent_optimal": ("Agent-Optimal mean AO", 3), "asymmetry": ("Asymmetry AO / HO", 2), "sym_hns": ("Sym-HNS", 3),
+    "harmonic_hns": ("Harmonic HNS (+0.1)", 3), "better": ("P(A > B)", 3),
+}  # fmt: skip
+NOTES = """score ± std over seeds, HNS = (score - random) / (human - random); aggregates of HNS with 95 % bootstrap intervals; † quoted
+IQM, optimality gap, P(A > B): over all runs x games, wrong of single scores that are means over seeds (Agarwal et al. 2021)
+Agent-Optimal: the 13 games of highest mean HNS of IRIS, TWM, DreamerV3, STORM, our partition after arXiv 2505.19698 v3
+Sym-HNS: 2 HO AO / (HO + AO), the lower half if one is at or below 0. This definition is OURS, see README
+Harmonic HNS: 1 / mean of 1 / (HNS + 0.1), arXiv 2605.13013 eq. 10; needs HNS > -0.1"""
 RESAMPLES = 50_000
+outcome = lambda rew, end: f"{rew:+g} " * bool(rew) + (end if type(end) is str else "END" * bool(end))  # noqa: E731
 show = lambda score: f"{score:.0f}" if abs(score) >= 100 else f"{score:.1f}"  # noqa: E731
 
 
@@ -78,8 +76,10 @@ class Problem(Exception):
 
 # ---------------------------------------------------------------- aggregates and their bootstrap
 def flatten(scores, games):
-    """{game: [one score per seed]} -> HNS of all runs, ascending [N], and the index of each one's game in `games` [N]."""
-    hns = [(np.asarray(scores[game], float) - SCORES[game][0]) / (SCORES[game][1] - SCORES[game][0]) for game in games]
+    """{game: [one score per seed]} -> HNS of all runs, ascending [N], and the index of each one's game in `games` [N]. Games
+    without human scores keep their raw returns."""
+    ends = [SCORES.get(game, (0, 1)) for game in games]
+    hns = [(np.asarray(scores[game], float) - low) / (high - low) for game, (low, high, *_) in zip(games, ends)]
     index = np.repeat(np.arange(len(games)), [len(seeds) for seeds in hns])
     order = np.argsort(np.concatenate(hns), kind="stable")
     return np.concatenate(hns)[order], index[order]
@@ -88,13 +88,12 @@ def flatten(scores, games):
 def bootstrap_counts(index, resamples, seed):
     """Stratified bootstrap: every game draws as many runs as it has from its own runs, with replacement. index [N] from
     `flatten`. Yields how often each run was drawn, [<= R, N] in chunks of 2 MB."""
-    rng, size, seeds = np.random.default_rng(seed), len(index), np.bincount(index)
-    by_game = np.argsort(index, kind="stable")  # [N] the runs of game 0, then those of game 1, ...
-    start, seeds = (np.cumsum(seeds) - seeds)[index[by_game]], seeds[index[by_game]]  # [N] of the game of each
-    for done in range(0, resamples, chunk := max(1, 2**18 // size)):
-        rows = min(chunk, resamples - done)
-        drawn = by_game[start + (rng.random((rows, size)) * seeds).astype(int)]  # [rows, N]
-        yield np.bincount((drawn + size * np.arange(rows)[:, None]).ravel(), minlength=rows * size).reshape(rows, size)
+    rng = np.random.default_rng(seed)
+    for done in range(0, resamples, chunk := max(1, 2**18 // len(index))):
+        counts = np.empty((min(chunk, resamples - done), len(index)), int)
+        for game, seeds in enumerate(np.bincount(index)):
+            counts[:, index == game] = rng.multinomial(seeds, np.full(seeds, 1 / seeds), len(counts))
+        yield counts
 
 
 def aggregate(hns, index, agent, weights):
@@ -107,242 +106,389 @@ def aggregate(hns, index, agent, weights):
     kept = np.diff(np.clip(np.cumsum(weights, axis=1), trim, 1 - trim), axis=1, prepend=trim)  # [R, N]
     iqm, gap = kept @ hns / (1 - 2 * trim), 1 - weights @ np.minimum(hns, 1)
     ao, ho = (means[:, half].mean(axis=1) if half.any() else np.full(len(means), np.nan) for half in (agent, ~agent))
-    positive, lower = (ao > 0) & (ho > 0), np.minimum(ao, ho)
+    positive = (ao > 0) & (ho > 0)
     with np.errstate(all="ignore"):  # where() computes both of its branches
         asymmetry = np.where(positive, ao / ho, np.nan)
-        sym_hns = np.where(positive, 2 * ao * ho / (ao + ho), lower)
-        geometric = np.where(positive, np.sqrt(ao * ho), lower)
+        sym_hns = np.where(positive, 2 * ao * ho / (ao + ho), np.minimum(ao, ho))
         harmonic = np.where((means > -0.1).all(axis=1), 1 / np.mean(1 / (means + 0.1), axis=1), np.nan)
-    return dict(zip(AGGREGATES, (mean, median, iqm, gap, superhuman, ho, ao, asymmetry, sym_hns, geometric, harmonic)))
+    return dict(zip(AGGREGATES, (mean, median, iqm, gap, superhuman, ho, ao, asymmetry, sym_hns, harmonic)))
 
 
-def summarise(scores, games, seed=0):
-    """{game: [one score per seed]} -> {key: [value, low, high]}, with a 95 % percentile interval, None where undefined. A run
-    weighs 1 / (G x seeds of its game). No interval if some game has a single seed or some resample is undefined."""
-    hns, index = flatten(scores, games)
-    seeds, agent = np.bincount(index), np.array([game in HALVES["Agent-Optimal"] for game in games])
-    weight = 1 / (len(games) * seeds[index])  # [N]
-    point = aggregate(hns, index, agent, weight[None])
-    draws = [aggregate(hns, index, agent, weight * n) for n in bootstrap_counts(index, RESAMPLES * (seeds.min() > 1), seed)]
+def summarise(scores, games, seed=0, other=None):
+    """{game: [one score per seed]} -> {key of AGGREGATES: [value, low, high]}, or the difference to that of `other` scores and
+    "better", the probability that a run beats one of `other`, P(>) + P(=) / 2, mean over games (Agarwal et al. 2021).
+    95 % percentile interval, None where undefined or if a game has one seed. A run weighs 1 / (G x seeds of its game)."""
+    (x, i), (y, j) = flatten(scores, games), flatten(other or scores, games)  # [N], [N2]
+    agent, index = np.isin(games, HALVES["Agent-Optimal"]), np.concatenate([i, j + len(games)]) if other else i
+    wins = ((x[:, None] > y) + (x[:, None] == y) / 2) * (i[:, None] == j)  # [N, N2]
+
+    def statistics(weights):  # [R, N] or [R, N + N2]
+        u, v = np.split(weights, [len(x)], axis=1)
+        if not other:
+            return aggregate(x, i, agent, u)
+        first, second = aggregate(x, i, agent, u), aggregate(y, j, agent, v)
+        return {key: first[key] - second[key] for key in first} | {"better": len(games) * ((u @ wins) * v).sum(axis=1)}
+
+    seeds = np.bincount(index)
+    counts = bootstrap_counts(index, RESAMPLES * (seeds.min() > 1), seed)
+    point, *draws = [statistics(n / (len(games) * seeds[index])) for n in (np.ones((1, len(index))), *counts)]
     ends = {k: np.percentile(np.concatenate([d[k] for d in draws]), [2.5, 97.5]) if draws else [np.nan] * 2 for k in point}
     return {key: [float(x) if np.isfinite(x) else None for x in (point[key][0], *ends[key])] for key in point}
 
 
 # ---------------------------------------------------------------- reading
-def read_scores(pairs, path):
-    """(("Alien", [scores]), ...) -> {game: [floats]}, checked. Knows ms_pacman, MsPacmanNoFrameskip-v4, ALE/MsPacman-v5."""
-    if not isinstance(pairs, tuple) or not pairs:
-        raise Problem(f'{path}: expected {{"Alien": [one score per seed], ...}}, got {json.dumps(pairs)[:40]}; rewrite it')
-    scores, known = {}, {game.lower(): game for game in SCORES}
-    for name, values in pairs:
-        key = re.sub(r"^ALE/|^atari_|(NoFrameskip|Deterministic)?-v\d+$", "", str(name))
-        if (key := re.sub(r"[\W_]", "", key).lower()) not in known:
-            close = [f"did you mean {known[k]}? Rename" for k in difflib.get_close_matches(key, known, n=1)] or ["remove"]
-            raise Problem(f"{path}: unknown game '{name}'; {close[0]} it (--baselines lists the 26 games of Atari 100k)")
-        if (game := known[key]) in scores:
-            raise Problem(f"{path}: {game} appears twice, perhaps under two names; merge the two or remove one")
-        bad = [v for v in values if type(v) not in (int, float) or not abs(v) < 1e15] if isinstance(values, list) else [values]
-        if bad or not values:
-            raise Problem(f"{path}: {game} must be a list of finite numbers, not {json.dumps([*bad, []][0])[:40]}; mend it")
-        scores[game] = [float(value) for value in values]
-    return scores
+def game_of(name):
+    """ms_pacman, MsPacmanNoFrameskip-v4, ALE/MsPacman-v5 -> MsPacman; tests.toy:Catch-v0 -> Catch, of no human score."""
+    name = re.sub(r"^.*[:/]|^atari_|(NoFrameskip|Deterministic)?-v\d+$", "", name)
+    return {game.lower(): game for game in SCORES}.get(re.sub(r"[\W_]", "", name).lower(), name)
 
 
 def read_file(path):
     """-> method, {game: [scores]}, seed, protocol. The file is {"Alien": [one score per seed], ...}, as DIAMOND, IRIS, STORM
     and TWM publish it (seed: None), or the result.json of a run, whose score is the mean return of its episodes."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=tuple)  # a dict would hide repeated names
+        pairs = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=tuple)  # a dict would hide repeated names
     except (OSError, ValueError, RecursionError) as error:
         raise Problem(f"{path}: unreadable, half-written or not JSON ({error}); write it again or leave it out") from error
-    run = dict(data) if isinstance(data, tuple) else {}
-    if path.name != "result.json" and "returns" not in run:
-        return path.stem, read_scores(data, path), None, {"protocol": f"not recorded in {path.name}"}
-    kinds = {"env_id": str, "exp_name": str, "seed": int, "returns": list, "protocol": tuple, "global_step": int}
-    if bad := [key for key, kind in kinds.items() if not isinstance(run.get(key), kind)]:
-        raise Problem(f"{path}: no result of jedi.py, no valid '{bad[0]}'; delete it and score the run with --checkpoint")
-    [(game, returns)] = read_scores(((run["env_id"], run["returns"]),), path).items()
+    run = dict(pairs) if isinstance(pairs, tuple) else {}
+    if is_run := path.name == "result.json" or "returns" in run:
+        kinds = {"env_id": str, "exp_name": str, "seed": int, "returns": list, "protocol": tuple, "global_step": int}
+        if bad := [key for key, kind in kinds.items() if not isinstance(run.get(key), kind)]:
+            raise Problem(f"{path}: no result of jedi.py, no valid '{bad[0]}'; leave it out, or --resume its run to the end")
+        pairs = ((run["env_id"], run["returns"]),)
+    if not isinstance(pairs, tuple) or not pairs:
+        raise Problem(f'{path}: expected {{"Alien": [one score per seed], ...}}, got {json.dumps(pairs)[:40]}; rewrite it')
+    scores = {}
+    for name, values in pairs:
+        if (game := game_of(name)) in scores:
+            raise Problem(f"{path}: {game} appears twice, perhaps under two names; merge the two or remove one")
+        bad = [v for v in values if type(v) not in (int, float) or not abs(v) < 1e15] if isinstance(values, list) else [values]
+        if bad or not values:
+            raise Problem(f"{path}: {game} must be a list of finite numbers, not {json.dumps([*bad, []][0])[:40]}; mend it")
+        scores[game] = [float(value) for value in values]
+    if not is_run:
+        return path.stem, scores, None, "protocol not recorded"
     protocol = {k: v for k, v in run["protocol"] if k != "eval_seed"} | {k: run.get(k) for k in ("preset", "global_step")}
-    return run["exp_name"], {game: [float(np.mean(returns))]}, run["seed"], protocol
+    scores = {game: [float(np.mean(returns))] for game, returns in scores.items()}
+    return run["exp_name"], scores, run["seed"], ", ".join(f"{key} {value}" for key, value in protocol.items())
+
+
+def find(path, name):
+    """A file, or every file `name` in and below a directory, with a note of the runs that have none."""
+    if not (path := Path(path)).exists():
+        raise Problem(f"{path}: no such file or directory; check the path")
+    found = [path] if path.is_file() else sorted(path.rglob(name))
+    runs = {file.parent for file in path.rglob("args.json")} - {file.parent for file in found}
+    if left_out := sorted(map(str, runs)) or [str(path)] * (not found):
+        print(f"note: no {name} in {', '.join(left_out)}, left out", file=sys.stderr)
+    return found
 
 
 def read_methods(arguments):
-    """Paths, patterns and NAME=PATH -> {name: method}. Files and runs of one name (given, exp_name or stem) are one method:
-    scores {game: [one score per seed]}, origin {(game, seed): path}, protocols {path: dict}, quoted (of PUBLISHED ones)."""
-    methods = {}
+    """Paths and NAME=PATH -> {name: method}. Files and runs of one name (given, exp_name or stem) are one method: scores
+    {game: [one score per seed]}, protocols {text: [paths]}, quoted {} (aggregates that only a paper knows)."""
+    methods, origin = {}, {}
     for argument in arguments:
         given, _, pattern = ("", "", argument) if Path(argument).exists() else argument.rpartition("=")
-        if not (paths := [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern))):  # Windows leaves * to us
-            raise Problem(f"{pattern}: no files matched; check the path")
-        for path in map(Path, paths):
-            if path.is_dir() and not (path / "result.json").exists():
-                print(f"note: {path} has no result.json (unfinished? a folder of runs?), left out", file=sys.stderr)
-                continue
-            name, scores, seed, protocol = read_file(path / "result.json" if path.is_dir() else path)
-            method = methods.setdefault(given or name, argparse.Namespace(scores={}, origin={}, protocols={}, quoted={}))
+        for path in find(pattern, "result.json"):
+            name, scores, seed, protocol = read_file(path)
+            method = methods.setdefault(name := given or name, {"scores": {}, "protocols": {}, "quoted": {}})
             for game, values in scores.items():
-                if clash := [p for (g, s), p in method.origin.items() if g == game and (None in (s, seed) or s == seed)]:
-                    raise Problem(f"{path}: {game} of this method and seed is in {clash[0]}, too; drop one or pass NEW={path}")
-                method.origin[game, seed] = path
-                method.scores.setdefault(game, []).extend(values)
-            method.protocols[path] = protocol
+                if other := origin.get((name, game, seed)):
+                    raise Problem(f"{path}: {game} of this method and seed is in {other}, too; drop one or pass NEW={path}")
+                origin[name, game, seed] = path
+                method["scores"].setdefault(game, []).extend(values)
+            method["protocols"].setdefault(protocol, []).append(str(path))
     return methods
 
 
 # ---------------------------------------------------------------- output
-def make_records(methods, games, seed):
-    """{name: method} -> flat records: the csv and json output, and what the table shows. The aggregates are over `games`."""
-    records, texts = [], [(key, text) for key, (*_, text) in AGGREGATES.items()] + [("halves", HALVES_TEXT), ("cells", CELLS)]
-    texts += [("intervals", f"95 % percentile, stratified bootstrap over seeds, {RESAMPLES} resamples, seed {seed}")]
-    texts += [("INCOMPLETE", f"the aggregates are over {len(games)} of 26 games, those of all methods")] * (len(games) < 26)
+def interval(value, low, high, digits=1, mark=""):
+    text = "-" if value is None else f"{value:.{digits}f}{mark}"
+    return text if low is None else f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def describe(methods, games, seed):
+    """Gives each method its "aggregates" over `games`, {key: [value, low, high]}. -> the cells of the table, {name: {game or
+    key: text}}, and what must be said of them, lines."""
+    table, lines = {}, NOTES.splitlines()
     for name, method in methods.items():
-        for half, game in [(half, game) for half in HALVES for game in HALVES[half] if game in method.scores]:
-            seeds, (random, human, *_) = method.scores[game], SCORES[game]
-            mean, std = float(np.mean(seeds)), float(np.std(seeds, ddof=1)) if len(seeds) > 1 else None
-            record = {"kind": "game", "name": game, "label": game, "half": half, "method": name, "value": mean, "std": std}
-            hns, spread = (mean - random) / (human - random), "" if std is None else f" ±{show(std):<5}"
-            text = f"{show(mean)}{spread} {round(hns, 2) + 0.0:.2f}"  # + 0.0: no -0.00
-            records.append(record | {"hns": hns, "random": random, "human": human, "seeds": seeds, "text": text})
-        summary = summarise(method.scores, games, seed)
-        summary |= {key: [x if len(games) == 26 else None, None, None] for key, x in method.quoted.items()}
-        for key, (value, low, high) in summary.items():
-            label, _, digits, _ = AGGREGATES[key]
-            held = HALVES.get(label.removesuffix(" mean"), SCORES)
-            over = f"{len(set(held) & set(games))} of {len(held)} games"
-            text = "-" if value is None else f"{value:.{digits}f}" + "†" * (key in method.quoted)
-            text += "" if low is None else f" [{low:.{digits}f}, {high:.{digits}f}]"
-            record = {"kind": "aggregate", "name": key, "label": label + f", {over}" * (len(games) < 26)}
-            records.append(record | {"method": name, "value": value, "low": low, "high": high, "over": over, "text": text})
-        more, seeds = len(method.protocols) - 1, [len(method.scores[game]) for game in games]
-        protocols = dict.fromkeys(", ".join(f"{key} {x}" for key, x in run.items()) for run in method.protocols.values())
-        texts.append((name, f"{[*method.protocols][0]}{f' and {more} more' * (more > 0)}; {' / '.join(protocols)}"))
-        single, ragged = min(seeds) == 1 and not method.quoted, min(seeds) < max(seeds)
-        texts += [(name, "single scores, so no interval; if they are means over seeds, IQM and gap are wrong")] * single
-        texts += [(name, f"{min(seeds)} to {max(seeds)} seeds per game, all used: a run weighs 1 / (games x seeds)")] * ragged
-        texts += [(name, "a Freeway score of 0: that agent never crossed the road")] * (0 in method.scores.get("Freeway", []))
-    runs = [run for method in methods.values() for run in method.protocols.values()]
-    keys = [key for key in dict.fromkeys(k for run in runs for k in run) if len({str(run.get(key)) for run in runs}) > 1]
-    texts += [("WARNING", f"mixed protocols ({', '.join(keys)}; see above), compare with care")] * bool(keys)
-    return records + [{"kind": "text", "name": name, "text": " ".join(text.split())} for name, text in texts]
+        scores, quoted, cells = method["scores"], method["quoted"], table.setdefault(name, {})
+        for game, seeds in scores.items():
+            spread = f" ±{show(np.std(seeds, ddof=1)):<5}" if len(seeds) > 1 else ""
+            hns = f" {flatten(scores, [game])[0].mean():z.2f}" if game in SCORES else ""
+            cells[game] = show(np.mean(seeds)) + spread + hns
+        method["aggregates"] = summarise(scores, games, seed) if games and set(games) <= set(scores) else {}
+        method["aggregates"] |= {key: [x if len(games) == 26 else None, None, None] for key, x in quoted.items()}
+        for key, found in method["aggregates"].items():
+            cells[key] = interval(*found, AGGREGATES[key][1], "†" * (key in quoted))
+        lines += [f"{name}: {protocol}; {paths[0]}, {len(paths)} in all" for protocol, paths in method["protocols"].items()]
+        if 0 < len(lacks := sorted(set(SCORES) - set(scores))) < 26:
+            lines.append(f"{name}: INCOMPLETE, {len(lacks)} of 26 games missing ({', '.join(lacks[:3])}, ...)")
+    mixed = len({protocol for method in methods.values() for protocol in method["protocols"]}) > 1
+    return table, lines + ["WARNING: mixed protocols (see above), compare with care"] * mixed
 
 
-def render(records, names, markdown):
-    """Records -> text: the games by half, the aggregates, then definitions, sources and notes. 100 columns, or markdown."""
-    rows = [("", "random", "human", *(f"{name} " for name in names))]
-    for title, members in (HALVES | {"Aggregates": AGGREGATES}).items():
-        rows.append((title, "", "", *("" for _ in names)))
-        for member in members:
-            if found := {r["method"]: r for r in records if r["name"] == member and r["kind"] != "text"}:
-                sign = AGGREGATES.get(member, ("", 1))[1] if names[1:] else 0
-                ranks = {name: sign * r["value"] for name, r in found.items() if r["value"] is not None}
-                best = [name for name, rank in ranks.items() if sign and rank == max(ranks.values())]
-                cells = [found[name]["text"] + " *"[name in best] if name in found else "- " for name in names]
-                one = next(iter(found.values()))
-                rows.append((one["label"], *(show(one[x]) if x in one else "" for x in ("random", "human")), *cells))
-    texts = [f"{r['name']}: {r['text']}" for r in records if r["kind"] == "text"]
-    if markdown:
-        lines = ["| " + " | ".join(f"**{x[:-1]}**" if x.endswith("*") else x.strip() for x in row) + " |" for row in rows]
-        return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:], "", *(f"- {text}" for text in texts)])
-    heads = [f"{label:<14}{random:>6}{human:>6}".rstrip() for label, random, human, *_ in rows]
-    left, width, lines = max(map(len, heads)), 1 + max(len(cell) for row in rows for cell in row[3:]), []
-    for i in range(3, len(rows[0]), fit := max(1, (100 - left) // width)):  # as many methods side by side as fit
-        for head, row in zip(heads, rows):
-            lines.append((head.ljust(left) + "".join(cell.rjust(width) for cell in row[i : i + fit])).rstrip())
-        lines.append("")
-    return "\n".join(lines + [textwrap.fill(text, 100, subsequent_indent="  ") for text in texts])
+def compare(a, b, games, seed):
+    """Scores of two methods -> the cells of a - b: each game of both in raw returns, and the aggregates over `games`."""
+    cells, both = {}, sorted(a.keys() & b.keys())
+    for game in both:
+        random, human = SCORES.get(game, (0, 1))[:2]
+        cells[game] = interval(*(x and x * (human - random) for x in summarise(a, [game], seed, b)["mean"]))
+    summary = (summarise(a, games, seed, b) if games else {}) | {"better": summarise(a, both, seed, b)["better"]}
+    return cells | {key: interval(*found, AGGREGATES[key][1]) for key, found in summary.items()}
 
 
-def plot(methods, games, records, path):
-    """Left: performance profiles, the share of runs x games above each HNS. Right: the two halves of every method."""
+def render(table, games):
+    """Columns of cells side by side, as lines: the games by half, then the aggregates."""
+    raw = {member for cells in table.values() for member in cells} - {*SCORES, *AGGREGATES}
+    titles = HALVES | {"Raw returns": sorted(raw), f"Aggregates, {len(games)} of 26 games" * bool(games): AGGREGATES}
+    rows = [["", "random", "human", *table]]
+    for title, members in titles.items():
+        shown = [member for member in members if any(member in cells for cells in table.values())]
+        rows += [[title, *[""] * (len(table) + 2)]] * bool(shown)
+        for member in shown:
+            label, ends = AGGREGATES.get(member, [member])[0], [show(x) for x in SCORES.get(member, ())[:2]] or ["", ""]
+            rows.append([label, *ends, *(cells.get(member, "-") for cells in table.values())])
+    left, *widths = [1 + max(map(len, column)) for column in zip(*rows)]
+    return [(label.ljust(left) + "".join(map(str.rjust, cells, widths))).rstrip() for label, *cells in rows]
+
+
+def score(options):
+    """Prints the table of the methods that are asked for."""
+    methods = read_methods(options.paths)
+    for i, (name, (paper, protocol, quoted)) in enumerate(PUBLISHED.items() if options.baselines else ()):
+        scores = {game: [row[2 + i]] for game, row in SCORES.items() if len(row) > 2 + i}
+        quoted = dict(zip(("iqm", "optimality_gap", "mean", "harmonic_hns"), quoted))
+        methods.setdefault(name, {"scores": scores, "protocols": {protocol: [paper]}, "quoted": quoted})
+    if not methods:
+        raise Problem("nothing to evaluate; give finished runs, score files, --baselines or --checkpoint RUN")
+    if unknown := [name for name in options.compare or () if name not in methods]:
+        raise Problem(f"--compare {unknown[0]}: no such method; there are {', '.join(methods)}")
+    methods = {name: methods[name] for name in options.compare or methods}
+    known = [method["scores"] for method in methods.values() if set(SCORES) & set(method["scores"])]
+    games = [game for game in SCORES if known and all(game in scores for scores in known)]
+    table, lines = describe(methods, games, options.seed)
+    if options.compare:
+        a, b = options.compare
+        table[f"{a} - {b}"] = compare(methods[a]["scores"], methods[b]["scores"], games, options.seed)
+    text = json.dumps({"methods": methods, "notes": lines}, indent=1)
+    print(text if options.json else "\n".join(render(table, games) + lines))
+
+
+# ---------------------------------------------------------------- curves
+def read_curves(path):
+    """metrics.jsonl -> {"return" (mean of the last 10 games), "score" (of the last weights), "error_<h>": [n, 3] of agent
+    steps, hours (interpolated between the epochs, which log them), value}."""
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]  # the last may be half-written
+    names = {"charts/episodic_return": "return", "eval/episodic_return": "score", "charts/hours": "hours"}
+    names |= {key: key.split("/")[1] for line in lines for key in line if key.startswith("world_model/error_")}
+    found = {name: [(line["global_step"], line[k]) for line in lines if line.get(k) is not None] for k, name in names.items()}
+    clock, games = np.array([(0, 0), *found.pop("hours")]).T, [value for _, value in found["return"]]  # [2, epochs + 1]
+    found["return"] = [(step, np.mean(games[max(0, i - 9) : i + 1])) for i, (step, _) in enumerate(found["return"])]
+    return {name: np.array([(step, np.interp(step, *clock), x) for step, x in found[name]]) for name in found if found[name]}
+
+
+def draw_curves(files, path):
+    """A column per game: return over agent steps and over hours, imagination error; the mean of each method, and its seeds."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 5), layout="constrained")
-    profile, halves = figure.subplots(1, 2)
-    for i, (name, method) in enumerate(methods.items()):
-        hns, index = flatten(method.scores, games)
-        above = 1 - np.cumsum(1 / np.bincount(index)[index]) / len(games)
-        profile.step([hns[0], *hns], [1, *above], where="post", label=name + " (means over seeds)" * bool(method.quoted))
-        for r in records:
-            if r["name"] in ("human_optimal", "agent_optimal") and r.get("method") == name and r["value"] is not None:
-                halves.plot([r["low"], r["high"]], [i, i], f"C{i}", linewidth=3)
-                halves.plot(r["value"], i, f"C{i}" + "os"[r["name"] == "agent_optimal"])
-                halves.annotate(f"{r['value']:.2f}", (r["value"], i), (0, 7), textcoords="offset points", ha="center")
-    for axes, title in ((profile, "Share of runs x games above HNS"), (halves, "Human-Optimal (o) and Agent-Optimal means")):
-        axes.set_xscale("symlog", linthresh=0.1)
-        axes.set(xticks=[0, 0.1, 1, 10], xticklabels=["0", "0.1", "1", "10"], title=title, xlabel="HNS (0 random, 1 human)")
-        axes.grid(alpha=0.3)
-    halves.set(yticks=range(len(methods)), yticklabels=methods, ylim=(len(methods) - 0.5, -0.5))
-    profile.legend()
-    figure.savefig(path, format="png", dpi=120)
+    runs = {}  # {game: {(method, curve): [[n, 3] of a seed]}}
+    for file in files:
+        args = json.loads((file.parent / "args.json").read_text())
+        for name, curve in read_curves(file).items():
+            runs.setdefault(game_of(args["env_id"]), {}).setdefault((args["exp_name"], name), []).append(curve)
+    if not runs or not path:
+        raise Problem("--curves: nothing to draw, or nowhere; give run directories or a folder of them, and --plot PNG")
+    figure = Figure(figsize=(7 * len(runs), 11), layout="constrained")
+    for column, (game, curves) in zip(figure.subplots(3, len(runs), squeeze=False).T, runs.items()):
+        for axes, x, y in zip(column, ("agent steps", "hours", "agent steps"), ("return", "return", "imagination error")):
+            for label, value in zip(("random", "human"), SCORES.get(game, ())) if y == "return" else [("no change", 1)]:
+                axes.axhline(value, color="gray", linestyle="--" if label == "random" else "-.", label=label)
+            axes.set(xlabel=x, ylabel=y, title=game, yscale="linear" if y == "return" else "log")
+        for (method, name), seeds in curves.items():
+            last = [seed[-1, 2] for seed in seeds]
+            label = f"{method}, {name}, seeds: {len(seeds)}, last {np.mean(last):.3g} ({min(last):.3g} to {max(last):.3g})"
+            print(f"{game}, {label}")
+            style = f"C{sorted({m for m, _ in curves}).index(method)}" + {"score": "D", "error_5": "--"}.get(name, "-")
+            for axes, x in [(column[2], 0)] if name.startswith("error") else [(column[0], 0), (column[1], 1)]:
+                grid = np.unique([point for seed in seeds for point in seed[:, x]])
+                values = np.ma.masked_invalid([np.interp(grid, seed[:, x], seed[:, 2], np.nan, np.nan) for seed in seeds])
+                axes.plot(grid, values.T, style, alpha=0.3)
+                axes.plot(grid, values.mean(0), style, label=label)
+                axes.legend()
+    figure.savefig(path, format="png", dpi=100)
 
 
-# ---------------------------------------------------------------- playing and the command line
-def play(run, episodes, seed, device, video):
-    """Plays full games with the agent of a run in jedi.py's own environment, and writes the result.json of that run."""
-    import jedi
+# ---------------------------------------------------------------- an agent and what it imagines
+class Run:
+    """A run directory, its networks built by the copy of the script that trained them: a fork's differ."""
 
-    if video:
-        from PIL import Image
-    if episodes < 1:
-        raise Problem(f"--episodes {episodes}: nothing to play; ask for at least 1")
-    start, frames, path = time.time(), [] if video else None, Path(run) / "result.json"
-    progress = lambda done, total: print(f"\r{done}/{total} games", end="\n" * (done == total), file=sys.stderr)  # noqa: E731
-    args, agent, step = jedi.load_agent(path.parent, device)
-    games = jedi.evaluate_policy(agent, args.env_id, episodes, seed, progress=progress, frames=frames)
-    result = jedi.make_result(args, games, step, time.time() - start, eval_seed=seed)
-    if path.exists():
-        kept = next(p for i in range(1, 10**6) if not (p := path.with_name(f"result.{i}.json")).exists())
-        print(f"the earlier result is now {path.rename(kept)}")
-    jedi.write_json(path, result)
-    print(f"{path}: {result['game']}, mean return {result['mean_return']:.1f} of {episodes} games")
-    if video:
-        first, *rest = (Image.fromarray(frame).resize((256, 256)) for frame in frames)
-        first.save(video, "GIF", save_all=True, append_images=rest, duration=67, loop=0)
+    def __init__(self, path, device, seed):
+        global torch  # scores do without it
+        import torch
+
+        if len(sources := list(Path(path).glob("*.py"))) != 1:
+            raise Problem(f"{path}: no run directory with the one script that trained it; name one like runs/Catch__jedi__1")
+        sys.dont_write_bytecode = True  # looking leaves no __pycache__ there
+        spec = importlib.util.spec_from_file_location("source_of_run", sources[0])
+        self.source = sys.modules["source_of_run"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.source)
+        self.args, agent, self.replay = self.source.load_agent(Path(path), device)
+        self.agent, self.now = agent.requires_grad_(False), self.args.num_conditioning_steps - 1  # now: a context's last frame
+        self.env = self.source.make_env(self.args.env_id, seed, self.args.image_size)
+        self.rng = torch.Generator(self.replay.obs.device).manual_seed(seed)
+
+    def play(self, steps):
+        """The sampled policy in a real game, for at most `steps` steps -> [(next frame, action, reward, mark, value before)]."""
+        (obs, _), state, mark, film = self.env.reset(), None, "", []
+        while len(film) < steps and not mark:
+            z = self.agent.encoder(torch.from_numpy(obs).to(self.rng.device)[None, None])  # [1, 1, C, h, w]
+            logits, value, state = self.agent.actor_critic(z, None, state)
+            act = int((logits + self.source.gumbel(*logits.shape, device=self.rng.device, generator=self.rng)).argmax())
+            obs, rew, terminated, truncated, _ = self.env.step(act)
+            mark = "END" if terminated else "TRUNCATED" * truncated
+            film.append((torch.from_numpy(obs), act, float(rew), mark, float(value)))
+        return film
+
+    def roll(self, contexts, horizon, forced):
+        """Imagines from contexts of the replay, under the real actions or the policy's -> what was recorded, the rollout."""
+        batch = self.replay.sample(contexts, self.now, horizon, self.rng)
+        obs, act, real = (x[:, : self.now + 1] for x in (batch.obs, batch.act, batch.real))
+        args = dataclasses.replace(self.args, horizon=horizon)
+        noise = self.source.imagination_noise(args, contexts, self.agent.num_actions, self.rng.device, self.rng)
+        actions = batch.act[:, self.now : -1] if forced else None
+        return batch, self.source.imagine(self.agent, self.agent.encoder(obs), act, real, *noise, actions=actions)
+
+    def retrieve(self, z, *more):
+        """There is no decoder: a latent is shown as that recorded frame, or one of `more`, whose own latent is nearest.
+        z [..., C, h, w] -> uint8 [..., 3, S, S]."""
+        frames = torch.cat([self.replay.obs[: self.replay.size : 1 + self.replay.size // 10_000], *more])
+        known = torch.cat([self.agent.encoder(part) for part in frames.split(256)]).flatten(1)  # [N, C h w]
+        distance = torch.cdist(z.flatten(-3).flatten(0, -2), known, compute_mode="donot_use_mm_for_euclid_dist")  # exact
+        return frames[distance.argmin(1)].unflatten(0, z.shape[:-3])
+
+    def imagine(self, names, contexts=64):
+        """Imagination beside reality, under the real actions -> share of imagined frames shown as the real one, by step [H+1],
+        and rows for `draw`: a real and an imagined strip from each of 4 contexts, whose last frame is step 0."""
+        batch, rollout = self.roll(contexts, self.args.horizon, forced=True)
+        frames, real, act, rew, end = (x[:, self.now :] for x in (batch.obs, batch.real, batch.act, batch.rew, batch.end))
+        seen, rows = self.retrieve(rollout.z[:, self.now :], frames[real]), []  # [B, H+1, 3, S, S]
+        same = (seen == frames).flatten(2).all(2) & real  # [B, H+1]
+        for b in range(4):
+            steps = range(int(real[b].sum()))
+            acts = ["real", *(f"{names[a]} {outcome(r, e)}" for a, r, e in zip(act[b], rew[b], end[b]))]
+            dreamt = ["imagined", *map(outcome, rollout.rew[b], rollout.end[b])]
+            rows.append([(frames[b, t], f"{t} {acts[t]}", "gray") for t in steps])
+            rows.append([(seen[b, t], f"{t} {dreamt[t]}", "lime" if same[b, t] else "red") for t in steps])
+        return (same.sum(0) / real.sum(0)).tolist(), rows
+
+    def dream(self, steps):
+        """The policy alone in imagination: [(frame, action, reward, mark, value)], `steps` of them. After an imagined end
+        another dream begins, from another context."""
+        dreams = []
+        while left := steps - sum(len(act) for _, act, *_ in dreams):
+            _, rollout = self.roll(1, left, forced=False)
+            value = self.agent.actor_critic(rollout.z, rollout.real)[1][:, self.now : -1]
+            alive = rollout.end[0].cumsum(0) - rollout.end[0] == 0  # [left] up to and including the first end
+            dreams.append([x[0, alive] for x in (rollout.z[:, self.now + 1 :], rollout.act, rollout.rew, rollout.end, value)])
+        z, act, rew, end, value = (torch.cat(x) for x in zip(*dreams))
+        return list(zip(self.retrieve(z), act.tolist(), rew.tolist(), ["END" * bool(x) for x in end], value.tolist()))
 
 
+def draw(rows, size, title):
+    """Rows of cells (frame uint8 [3, S, S], text below, colour of its border) -> a picture."""
+    wide, high, font = size + 8, size + 32, ImageFont.load_default(16)
+    picture = Image.new("RGB", (wide * max(map(len, rows)), high * len(rows) + 24), "white")
+    pen = ImageDraw.Draw(picture)
+    pen.text((4, 2), title, "black", font)
+    for y, row in zip(range(24, picture.height, high), rows):
+        for x, (frame, text, colour) in zip(range(0, picture.width, wide), row):
+            pen.rectangle((x, y, x + size + 5, y + size + 5), colour)
+            image = Image.fromarray(frame.permute(1, 2, 0).cpu().numpy()).resize((size, size), Image.Resampling.NEAREST)
+            picture.paste(image, (x + 3, y + 3))
+            pen.text((x + 3, y + size + 7), text, "black", font)
+    return picture
+
+
+def look(command, path, out, options):
+    """--imagine, --dream, --video or --checkpoint of the run at `path`: prints what it found, then writes `out`, if any."""
+    suffix, total = {"imagine": ".png", "checkpoint": ".json"}.get(command, ".gif"), options.episodes
+    if min(options.steps, total) < 1:
+        raise Problem(f"--{command}: --steps and --episodes must be at least 1")
+    if out and (not out.endswith(suffix) or Path(out).name == "result.json"):
+        raise Problem(f"{out}: a name must end in {suffix}, and not be result.json, which only training writes; rename it")
+    if command != "checkpoint":
+        global Image, ImageDraw, ImageFont  # if they are missing, say so before the work
+        from PIL import Image, ImageDraw, ImageFont
+
+    run, start = Run(path, options.device, options.seed), time.time()
+    if command == "checkpoint":
+        tell = lambda done: print(f"\r{done}/{total} games", end="\n" * (done == total), file=sys.stderr)  # noqa: E731
+        games = run.source.evaluate_policy(run.agent, run.args.env_id, total, options.seed, tell)
+        steps = run.replay.num_steps or run.args.total_steps  # weights without their replay are those of a finished run
+        result = run.source.make_result(run.args, games, steps, time.time() - start, eval_seed=options.seed)
+        print(f"{result['game']}, mean return {result['mean_return']:.2f} of {total} games", flush=True)
+        return out and run.source.write_json(Path(out), result)
+    if command != "video" and (options.fresh or not run.replay.num_steps):
+        print("contexts from 600 steps of fresh games" + ", for the checkpoint holds no replay" * (not run.replay.num_steps))
+        args = dataclasses.replace(run.args, seed=options.seed + 10**6, total_steps=600, compile=False)
+        trainer = run.source.Trainer(args, run.agent.num_actions, run.rng.device)
+        trainer.agent, run.replay = run.agent, trainer.buffer
+        for _ in range(600):
+            trainer.collect()
+    actions = range(run.agent.num_actions)
+    names = getattr(run.env.unwrapped, "get_action_meanings", lambda: [f"action {i}" for i in actions])()
+    if command == "imagine":
+        share, rows = run.imagine(names)
+        print(title := "identical to the real frame (green), by step: " + " ".join(f"{x:.0%}" for x in share), flush=True)
+        return draw(rows, max(128 // run.args.image_size, 1) * run.args.image_size, title).save(out, "PNG")
+    film, pages, score = run.dream(options.steps) if command == "dream" else run.play(options.steps), [], 0.0
+    for i, (frame, act, rew, mark, value) in enumerate(film):
+        score += rew
+        title = f"step {i + 1}   {names[act]}   value {value:.2f}   score {score:g}"
+        pages.append(draw([[(frame, outcome(rew, mark), "gray")]], 384, title))
+    marks = [mark for *_, mark, _ in film]
+    print(f"{len(film)} steps, {marks.count('END')} ends, {marks.count('TRUNCATED')} truncations, score {score:g}", flush=True)
+    times = [*(1500 if mark else 120 for mark in marks[:-1]), 3000]  # ms
+    pages[0].save(out, "GIF", save_all=True, append_images=pages[1:], duration=times, loop=0)
+
+
+# ---------------------------------------------------------------- the command line
 def main(argv=None):
-    """Returns the exit code: 0, or 2 after a mistake of the user, told in one line."""
+    """Returns the exit code: 0, 2 after a mistake of the user, told in one line, or 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="*", help="run directories, score files, patterns of them; NAME=PATH names the method")
+    parser.add_argument("paths", nargs="*", help="runs, folders of them, score files; NAME=PATH names the method")
     parser.add_argument("--baselines", action="store_true", help="add the published methods")
-    parser.add_argument("--allow-missing", action="store_true", help="accept methods that lack some of the 26 games")
-    parser.add_argument("--format", choices=("terminal", "markdown", "csv", "json"), default="terminal")
-    parser.add_argument("--plot", metavar="PNG", help="also draw performance profiles and the two halves")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap, or of the games to play")
-    parser.add_argument("--checkpoint", metavar="RUN", help="play the agent of this run directory instead")
-    parser.add_argument("--episodes", type=int, default=100, help="full games to play")
-    parser.add_argument("--device", default="auto", help="where the agent plays")
-    parser.add_argument("--video", metavar="GIF", help="record the first game")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="names of two methods: show only them and A - B")
+    parser.add_argument("--json", action="store_true", help="print scores, aggregates and notes as JSON")
+    parser.add_argument("--curves", action="store_true", help="draw how the runs trained, into --plot")
+    parser.add_argument("--plot", metavar="PNG", help="the picture of --curves")
+    parser.add_argument("--checkpoint", metavar="RUN", help="score the agent of this run directory")
+    parser.add_argument("--out", metavar="JSON", help="write the result of --checkpoint here, too")
+    for command, kind in (("imagine", "PNG"), ("dream", "GIF"), ("video", "GIF")):
+        parser.add_argument(f"--{command}", nargs=2, metavar=("RUN", kind), help="see above")
+    parser.add_argument("--fresh", action="store_true", help="imagine from games that the model has not seen, not its replay")
+    parser.add_argument("--steps", type=int, default=300, help="of --dream, and at most of --video")
+    parser.add_argument("--episodes", type=int, default=100, help="full games of --checkpoint")
+    parser.add_argument("--device", default="auto", help="where the agent runs")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap, or of games and imagination")
     options = parser.parse_args(argv)
     try:
+        for command in ("imagine", "dream", "video"):
+            if getattr(options, command):
+                return look(command, *getattr(options, command), options)
         if options.checkpoint:
-            return play(options.checkpoint, options.episodes, options.seed, options.device, options.video)
-        methods = read_methods(options.paths)
-        for i, (name, (paper, text, quoted)) in enumerate(PUBLISHED.items() if options.baselines else ()):
-            scores, quoted = {game: [row[2 + i]] for game, row in SCORES.items()}, dict(zip(("iqm", "optimality_gap"), quoted))
-            methods.setdefault(name, argparse.Namespace(scores=scores, protocols={paper: {"protocol": text}}, quoted=quoted))
-        if not methods:
-            raise Problem("nothing to evaluate; give finished runs, score files, --baselines or --checkpoint RUN")
-        for name, method in methods.items():
-            if (missing := sorted(set(SCORES) - set(method.scores))) and not options.allow_missing:
-                some = ", ".join(missing[:3]) + ", ..." * (len(missing) > 3)
-                raise Problem(f"{[*method.protocols][0]}: {len(missing)} of 26 games missing ({some}); pass --allow-missing")
-        if not (games := [game for game in SCORES if all(game in method.scores for method in methods.values())]):
-            raise Problem(f"{' and '.join(methods)} have no game in common; compare them on the same games")
-        records = make_records(methods, games, options.seed)
-        if options.plot:
-            plot(methods, games, records, options.plot)
-    except (Problem, OSError, ImportError, getattr(sys.modules.get("jedi"), "UsageError", Problem)) as error:
-        text = f"error: {error}" + "; install it with pip (PIL is pillow)" * isinstance(error, ImportError)
-        print(" ".join(text.split()), file=sys.stderr)
+            return look("checkpoint", options.checkpoint, options.out, options)
+        if options.curves or options.plot:
+            return draw_curves([file for path in options.paths for file in find(path, "metrics.jsonl")], options.plot)
+        score(options)
+    except KeyboardInterrupt:
+        return 130
+    except (Problem, OSError, ImportError, getattr(sys.modules.get("source_of_run"), "UsageError", Problem)) as error:
+        name = (isinstance(error, ImportError) and error.name or "").split(".")[0].replace("PIL", "pillow")
+        print(" ".join(f"error: {error}{f'; pip install {name}' * bool(name)}".split()), file=sys.stderr)
         return 2
-    if options.format == "json":
-        print(json.dumps(records, indent=1))
-    elif options.format == "csv":
-        keys = list(dict.fromkeys(key for record in records for key in record))
-        csv.writer(sys.stdout).writerows([keys, *([record.get(key) for key in keys] for record in records)])
-    else:
-        print(render(records, list(methods), options.format == "markdown"))
 
 
 if __name__ == "__main__":

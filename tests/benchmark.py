@@ -1,7 +1,7 @@
-"""Times every phase of training, side by side in eager, compiled and CUDA-graph mode, and projects the hours of a whole run.
+"""Times every phase of training, eager beside compiled (on CUDA: and captured), and projects the hours of a whole run.
 
-    python tests/benchmark.py                                       # on CUDA all three modes, on a CPU eager only
-    python tests/benchmark.py --preset paper --device cpu --reps 3  # 93 s on two cores
+    python tests/benchmark.py                                       # on CUDA both modes, on a CPU eager only
+    python tests/benchmark.py --preset paper --device cpu --reps 3  # a minute or two on two cores
     python tests/benchmark.py --modes eager,compiled --phases imagined_step,actor_critic_update --json out.json
 
 Phases: collect_step, one environment step with the policy; world_model_update, the diffusion loss alone; reward_end_update,
@@ -14,11 +14,14 @@ counted by torch.utils.flop_counter on an eager call, and their rate is compared
 """
 
 import argparse
+import ctypes
 import dataclasses
 import json
 import multiprocessing
 import pathlib
+import platform
 import re
+import resource
 import statistics
 import sys
 import time
@@ -31,45 +34,55 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import jedi  # noqa: E402
 
 PHASES = ("collect_step", "world_model_update", "reward_end_update", "joint_update", "imagined_step", "actor_critic_update")
-MODES = ("eager", "compiled", "graphs")
+MODES = ("eager", "compiled")
+
+
+def set_up(args: jedi.Args) -> torch.device:
+    """The process as jedi.main has it."""
+    device = jedi.resolve_device(args.device)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-4, 0), libc.mallopt(-1, -1)  # freed memory is kept
+    return device
 
 
 def diffusion_loss(agent, batch, sigma, noise, feed_own):
     k = agent.args.num_conditioning_steps + agent.args.num_autoregressive_steps
     z = agent.encoder(batch.obs[:, :k], batch.real[:, :k])  # [B, L+n, C, h, w]
-    return agent.denoiser.loss(z, batch.act[:, :k], batch.real[:, :k], sigma, noise, feed_own)
+    return agent.denoiser.loss(z, batch.act[:, :k], batch.real[:, :k], sigma, noise, feed_own), {}
 
 
 def reward_end_loss(agent, batch, *noise):
     z = agent.encoder(batch.obs, batch.real)  # [B, L+H+1, C, h, w]
-    return agent.reward_end.loss(z, *(x[:, :-1] for x in (batch.act, batch.rew, batch.end, batch.step)))
+    return sum(agent.reward_end.loss(z, batch)), {}
 
 
 def prepare(phase: str, args: jedi.Args, device: torch.device):
     """The phase as a function without arguments, on new networks and 500 random frames."""
-    torch.manual_seed(0)
-    rng, num_actions = np.random.default_rng(0), int(jedi.make_env(args.env_id, 0, True, args.image_size).action_space.n)
-    agent, buffer = jedi.Agent(args, num_actions).to(device), jedi.ReplayBuffer(5000, args.image_size, device)
+    rng, num_actions = np.random.default_rng(0), int(jedi.make_env(args.env_id, 0, args.image_size).action_space.n)
+    trainer = jedi.Trainer(args, num_actions, device)
     frames = rng.integers(0, 256, (501, 3, args.image_size, args.image_size), dtype=np.uint8)
-    buffer.begin_episode(frames[0])
+    trainer.buffer.begin_episode(frames[0])
     for frame in frames[1:]:
-        buffer.add(int(rng.integers(num_actions)), float(rng.integers(-1, 2)), False, False, frame)
-    trainer = jedi.Trainer(agent, args, device)
+        trainer.buffer.add(int(rng.integers(num_actions)), float(rng.integers(-1, 2)), False, frame)
     if phase == "collect_step":
-        return jedi.Collector(agent, buffer, trainer.rng, 0).step
+        return lambda: trainer.advance("collect")
     if phase == "actor_critic_update":
-        return lambda: trainer.update_actor_critic(trainer.contexts(buffer))
+        return lambda: trainer.advance("actor_critic")
     if phase == "imagined_step":
-        batch = trainer.contexts(buffer)
-        z, (noise, gumbels) = agent.encoder(batch.obs), jedi.imagination_noise(args, args.batch_size, num_actions, trainer.rng)
+        batch, agent = trainer.contexts(), trainer.agent
+        z, (noise, gumbels) = agent.encoder(batch.obs), jedi.imagination_noise(args, args.batch_size, num_actions, device)
         states = [(torch.zeros(args.batch_size, args.lstm_dim, device=device),) * 2 for _ in range(2)]
         inputs = z.detach(), batch.act[:, :-1], *states, noise[0], gumbels[0]
         step = lambda batch: {"z": trainer.imagine_step(agent, *inputs)[0]}  # noqa: E731
-        step = jedi.CudaGraph(step, trainer.rng) if args.cuda_graphs else step
+        step = jedi.CudaGraph(step) if args.compile and device.type == "cuda" else step
         return lambda: step(batch)
     if loss := {"world_model_update": diffusion_loss, "reward_end_update": reward_end_loss}.get(phase):
         trainer.world_model_loss = torch.compile(loss, fullgraph=True, dynamic=False) if args.compile else loss
-    return lambda: trainer.update_world_model(trainer.segments(buffer))
+    return lambda: trainer.advance("world_model")
 
 
 def profile(call, wait, cuda: bool) -> dict:
@@ -87,12 +100,11 @@ def profile(call, wait, cuda: bool) -> dict:
 
 def measure(phase: str, mode: str, args: jedi.Args, reps: int, profiled: bool) -> dict[str, float]:
     """Seconds (median, min, max), peak memory and, in eager mode, FLOPs of one call of a phase; on request its profile."""
-    device = jedi.resolve_device(args.device)
-    jedi.set_up(device)
-    args = dataclasses.replace(args, compile=mode != "eager", cuda_graphs=mode == "graphs")
+    device = set_up(args)
+    args = dataclasses.replace(args, compile=mode == "compiled")
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     call = prepare(phase, args, device)
-    for _ in range({"eager": 1, "compiled": 3, "graphs": 5}[mode]):  # graphs: 3 calls, a capture with a replay, a replay
+    for _ in range({"eager": 1, "compiled": 5}[mode]):  # on CUDA: 3 calls, a capture with a replay, a replay
         call()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -103,9 +115,9 @@ def measure(phase: str, mode: str, args: jedi.Args, reps: int, profiled: bool) -
         call()
         wait()
         seconds.append(time.perf_counter() - start)
-    result = dict(
-        median_s=statistics.median(seconds), min_s=min(seconds), max_s=max(seconds), peak_gib=jedi.memory_gib(device)
-    )
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident
+    result = dict(median_s=statistics.median(seconds), min_s=min(seconds), max_s=max(seconds), peak_gib=peak / 2**30)
     if profiled:
         result["profile"] = profile(call, wait, device.type == "cuda")
     if mode == "eager":  # counted on a batch of 2, which is quick, and scaled: the work is linear in the batch
@@ -118,8 +130,7 @@ def measure(phase: str, mode: str, args: jedi.Args, reps: int, profiled: bool) -
 
 def matmul_gflops(args: jedi.Args) -> float:
     """The rate of a large matrix product in the trunks' type: the best of 5."""
-    device = jedi.resolve_device(args.device)
-    jedi.set_up(device)
+    device = set_up(args)
     wait, n = (torch.cuda.synchronize, 8192) if device.type == "cuda" else (lambda: None, 2048)
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if args.bf16 else torch.float32)
     seconds = []
@@ -182,8 +193,8 @@ def show(report: dict, args: jedi.Args) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="auto, cuda or cpu")
-    parser.add_argument("--preset", choices=("auto", "paper", "small"), default="auto")
-    parser.add_argument("--env-id", default="BreakoutNoFrameskip-v4")
+    parser.add_argument("--preset", choices=("paper", "small"), help="default: paper on CUDA, else small")
+    parser.add_argument("--env-id", default="Breakout")
     parser.add_argument("--phases", default=",".join(PHASES), help="some of " + ", ".join(PHASES))
     parser.add_argument("--modes", help="some of " + ", ".join(MODES))
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="default: on for CUDA")
@@ -192,32 +203,33 @@ def main() -> int:
     parser.add_argument("--json", type=pathlib.Path, help="also write the numbers here")
     given = parser.parse_args()
     try:
-        args = jedi.parse_args(["--device", given.device, "--preset", given.preset, "--env-id", given.env_id])
+        preset = ["--preset", given.preset] if given.preset else []
+        args = jedi.parse_args(["--device", given.device, "--env-id", given.env_id, *preset])
         device = jedi.resolve_device(given.device)
     except jedi.UsageError as error:
         parser.error(str(error))
     cuda = device.type == "cuda"
     args = dataclasses.replace(args, device=str(device), bf16=cuda if given.bf16 is None else given.bf16)
     phases = given.phases.split(",")
-    modes, reps = (
-        (given.modes or ("eager,compiled,graphs" if cuda else "eager")).split(","),
-        (50 if cuda else 5) if given.reps is None else given.reps,
-    )
+    modes, reps = (given.modes or ("eager,compiled" if cuda else "eager")).split(","), given.reps
+    reps = (50 if cuda else 5) if reps is None else reps
     for name, known, flag in [(p, PHASES, "--phases") for p in phases] + [(m, MODES, "--modes") for m in modes]:
         if name not in known:
             parser.error(f"{flag} {name}: unknown; choose from {', '.join(known)}")
-    if "graphs" in modes and not cuda:
-        parser.error("--modes graphs: CUDA graphs need --device cuda")
     if reps < 1:
         parser.error(f"--reps {reps}: must be at least 1")
 
     call = (lambda function, *arguments: function(*arguments)) if cuda else in_fresh_process
-    cpu_names = pathlib.Path("/proc/cpuinfo")  # platform.processor() only says x86_64
-    names = re.findall("model name\\s*: (.*)", cpu_names.read_text()) if not cuda and cpu_names.exists() else []
-    report = dict(device=str(device), preset=args.preset, torch=torch.__version__, bf16=args.bf16, reps=reps,
-                  device_name=(names or [jedi.versions(device)["device_name"]])[0], date=time.strftime("%Y-%m-%d"),
-                  threads=torch.get_num_threads(),
-                  matmul_gflops=call(matmul_gflops, args), phases={p: {} for p in phases}, projection={})  # fmt: skip
+    name, cpu_names = platform.machine(), pathlib.Path("/proc/cpuinfo")
+    if cuda:
+        name = torch.cuda.get_device_name(device)
+    elif cpu_names.exists():
+        name = (re.findall("model name\\s*: (.*)", cpu_names.read_text()) or [name])[0]
+    report = dict(
+        device=str(device), device_name=name, preset=args.preset, torch=torch.__version__, bf16=args.bf16, reps=reps,
+        date=time.strftime("%Y-%m-%d"), threads=torch.get_num_threads(), matmul_gflops=call(matmul_gflops, args),
+        phases={p: {} for p in phases}, projection={},
+    )  # fmt: skip
     for phase in phases:
         for mode in modes if phase != "collect_step" else ["eager"]:  # acting is always eager
             if sys.stderr.isatty():

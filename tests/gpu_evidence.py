@@ -1,7 +1,7 @@
 """What only a GPU can show, in calls of at most ten minutes, without network: CUDA tests, benchmark table, training curves.
 
     python tests/gpu_evidence.py --minutes 9.5      # again and again, until it says that all runs have finished
-    python tests/gpu_evidence.py --minutes 9.5 --exp-name change -- --predict change      # more flags for jedi.py
+    python tests/gpu_evidence.py --minutes 9.5 --exp-name frozen -- --encoder-lr-scale 0      # more flags for jedi.py
 
 The first call runs the tests that need CUDA and the benchmark. Every call then trains all games at once on the one card, at a
 reduced replay ratio (a thirtieth of the paper's updates, for all of its 100,000 steps), from where the last call stopped, and
@@ -36,14 +36,14 @@ def curve_of(run_dir: pathlib.Path, bin_steps: int = 2500) -> dict:
     epochs = [line for line in lines if "charts/epoch" in line]
     bins = sorted({step // bin_steps for step, _ in games})
     in_bin = {b: [value for step, value in games if step // bin_steps == b] for b in bins}
-    result = run_dir / "result.json"
+    result = json.loads((run_dir / "result.json").read_text()) if (run_dir / "result.json").exists() else {}
     return {
-        "env_id": args["env_id"], "exp_name": args["exp_name"], "seed": args["seed"], "label": "a short run, not the benchmark",
+        "env_id": args["env_id"], "exp_name": args["exp_name"], "seed": args["seed"],
+        "label": "a short run, not the benchmark",
         "returns_while_collecting": [[(b + 1) * bin_steps, sum(x) / len(x), len(x)] for b, x in in_bin.items()],
         "error_5": [[line["global_step"], line["world_model/error_5"]] for line in epochs if "world_model/error_5" in line],
         "global_step": lines[-1]["global_step"] if lines else 0, "hours": epochs[-1]["charts/hours"] if epochs else 0.0,
-        "score": json.loads(result.read_text())["mean_return"] if result.exists() else None,
-        "args": args, "versions": json.loads((run_dir / "versions.json").read_text()),
+        "score": result.get("mean_return"), "args": args, "versions": result.get("versions"),
     }  # fmt: skip
 
 
@@ -73,12 +73,10 @@ def main() -> int:
 
     running = {}
     for game in given.games.split(","):
-        command = [*python, "jedi.py", "--env-id", f"{game}NoFrameskip-v4", "--preset", given.preset, "--device", given.device]
-        command += ["--exp-name", given.exp_name, "--runs-dir", str(given.runs_dir.resolve()), "--resume", "auto"]
+        command = [*python, "jedi.py", "--env-id", game, "--preset", given.preset, "--device", given.device, *SCHEDULE.split()]
+        command += ["--exp-name", given.exp_name, "--runs-dir", str(given.runs_dir.resolve()), *given.flags]
         with open(given.runs_dir / f"{given.exp_name}_{game}.log", "a") as log:
-            running[game] = subprocess.Popen(
-                [*command, *SCHEDULE.split(), *given.flags], cwd=ROOT, env=env, stdout=log, stderr=log
-            )
+            running[game] = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
     while time.time() < deadline and any(process.poll() is None for process in running.values()):
         time.sleep(1)
     for process in running.values():

@@ -1,4 +1,5 @@
-"""Tests of evaluate.py. diamond_seeds.json is results/data/DIAMOND.json of eloialonso/diamond (MIT), five seeds a game."""
+"""Tests of evaluate.py. diamond_seeds.json is results/data/DIAMOND.json of eloialonso/diamond (MIT), five seeds a game;
+IRIS is results/data/IRIS.json of eloialonso/iris."""
 
 import csv
 import io
@@ -6,7 +7,6 @@ import json
 import math
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,21 @@ import evaluate as ev
 SEEDS_FILE = Path(__file__).parent / "diamond_seeds.json"
 SEEDS = json.loads(SEEDS_FILE.read_text())
 GAMES = list(ev.SCORES)
+IRIS = {
+    "Alien": [368.7, 452.5, 437.2, 331.7, 510], "Amidar": [196.0, 126, 164.9, 162.9, 65.1],
+    "Assault": [1481.3, 928.1, 1121.8, 1556.0, 2534.8], "Asterix": [762.5, 1114, 1082, 716.5, 593],
+    "BankHeist": [42.2, 48.8, 68.4, 46.4, 59.6], "BattleZone": [16990, 14570, 11300, 10070, 12440],
+    "Boxing": [86.2, 49.3, 55.8, 83.5, 75.5], "Breakout": [104.6, 85.6, 69.7, 70.3, 88.1],
+    "ChopperCommand": [1150, 1276, 1659, 2162, 1578], "CrazyClimber": [64101, 66127, 62740, 77066, 26587],
+    "DemonAttack": [905, 2011.9, 2888.5, 2613.4, 1753], "Freeway": [30.9, 31.5, 30.5, 30.8, 31.6],
+    "Frostbite": [274.3, 250.0, 295, 250, 226.3], "Gopher": [2987.2, 2476.8, 3110.4, 1171.4, 1434.8],
+    "Hero": [6916.2, 6933.9, 6740.6, 7881.6, 6714.7], "Jamesbond": [487.5, 394, 486, 464, 482],
+    "Kangaroo": [2249, 732, 750, 90, 370], "Krull": [6047.4, 7364.8, 4980.6, 6006.3, 8683],
+    "KungFuMaster": [7301, 15949, 34406, 14372, 36771], "MsPacman": [1251.6, 941.5, 590.3, 770.8, 1441.1],
+    "Pong": [19.3, 18.5, 16.6, 6.2, 12.4], "PrivateEye": [100, 100, 100, 100, 100],
+    "Qbert": [853, 575, 790.2, 1027.2, 483.2], "RoadRunner": [11355, 2033, 17106, 7614, 9965],
+    "Seaquest": [752.2, 855.8, 691, 386, 621.6], "UpNDown": [3793, 5367.5, 2943.7, 3637.9, 1988.9],
+}  # fmt: skip
 
 
 def at_hns(hns):
@@ -89,7 +104,7 @@ def test_published_means(name, mean, superhuman):
 
 
 def test_table_is_the_one_of_the_seeds_and_of_the_definition():
-    assert len(GAMES) == 26 and all(len(row) == 2 + len(ev.PUBLISHED) for row in ev.SCORES.values())
+    assert len(GAMES) == 26 and all(len(row) == 1 + len(ev.PUBLISHED) for row in ev.SCORES.values())
     for game in GAMES:
         assert np.mean(SEEDS[game]) == pytest.approx(published("DIAMOND")[game][0], abs=0.06)
     judges = [{g: ev.flatten(published(name), [g])[0][0] for g in GAMES} for name in ("IRIS", "TWM", "DreamerV3", "STORM")]
@@ -220,6 +235,56 @@ def test_memory_is_bounded_for_many_seeds():
     assert max(counts.size for counts in ev.bootstrap_counts(index, 1000, seed=0)) <= 2**18
 
 
+# ---------------------------------------------------------------- two methods
+# rliable 1.2.0 on DIAMOND[:n] against IRIS: get_interval_estimates with 20,000 (aggregates) and 1,000 (better) resamples
+RLIABLE = {
+    5: {"mean": (0.4131, 0.2831, 0.5482), "median": (0.0846, -0.0599, 0.1989), "iqm": (0.1396, 0.0511, 0.2281),
+        "optimality_gap": (-0.0315, -0.0578, -0.0057), "better": (0.6662, 0.6177, 0.7116)},
+    3: {"mean": (0.3693, 0.2508, 0.4889), "median": (0.1176, -0.0543, 0.2672), "iqm": (0.1613, 0.0714, 0.2513),
+        "optimality_gap": (-0.0361, -0.0654, -0.0072), "better": (0.6859, 0.6282, 0.7436)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seeds", RLIABLE)
+def test_comparison_agrees_with_rliable(seeds, monkeypatch):
+    monkeypatch.setattr(ev, "RESAMPLES", 20_000)
+    found = ev.summarise({game: SEEDS[game][:seeds] for game in GAMES}, GAMES, other=IRIS)
+    for key, (value, low, high) in RLIABLE[seeds].items():
+        assert found[key][0] == pytest.approx(value, abs=1e-4)
+        assert found[key][1:] == pytest.approx([low, high], abs=0.012)
+
+
+def test_comparison_has_its_closed_form():
+    """One game, two seeds each: a resample of {x, x + d} has mean x or x + d with probability 1/4 each. So the lowest and the
+    highest difference of two such means have probability 1/16, more than 2.5 %: they are the ends of the interval."""
+    found = ev.summarise({"Catch": [1.0, 3.0]}, ["Catch"], other={"Catch": [0.0, 1.0]})
+    assert found["mean"] == pytest.approx([1.5, 0.0, 3.0])
+    assert found["better"] == pytest.approx([(1 + 1 + 1 + 0.5) / 4, 0.5, 1.0])
+    mirrored = ev.summarise({"Catch": [0.0, 1.0]}, ["Catch"], other={"Catch": [1.0, 3.0]})
+    assert mirrored["mean"][0] == -1.5 and mirrored["better"][0] == pytest.approx(1 - found["better"][0])
+
+
+def test_a_method_against_itself(few_resamples):
+    found = ev.summarise(SEEDS, GAMES, other=SEEDS)
+    assert found.pop("better")[0] == pytest.approx(0.5)
+    assert all(value == pytest.approx(0) and low < 0 < high for value, low, high in found.values())
+
+
+def test_compare_command(tmp_path, capsys, few_resamples):
+    files = []
+    for name, scores in (("a", SEEDS | {"Catch": [9.0, 10.0]}), ("b", IRIS | {"Catch": [1.0, 2.0]})):
+        files.append(tmp_path / f"{name}.json")
+        files[-1].write_text(json.dumps(scores))
+    assert run(*files, "--compare", "a", "b") == 0
+    rows = dict(line.rsplit("  ", 1) for line in capsys.readouterr().out.splitlines()[1:])
+    rows = {label.strip(): text.strip() for label, text in rows.items()}
+    assert rows["Catch"] == "8.0 [7.0, 9.0]" and rows["Alien"].startswith(f"{np.mean(SEEDS['Alien']) - 420.02:.1f} [")
+    assert rows["IQM, 26 games"].startswith("0.140 [") and rows["P(a > b), 27 games"].startswith("0.679 [")
+    (single := tmp_path / "single.json").write_text(json.dumps({"Catch": [2.0]}))
+    assert run(files[0], single, "--compare", "a", "single") == 0  # raw returns; one seed has no interval
+    assert capsys.readouterr().out.split("\n")[1:3] == [f"{'Catch':<40}7.5", f"{'P(a > single), 1 games':<40}1.000"]
+
+
 # ---------------------------------------------------------------- reading
 @pytest.fixture
 def scores_file(tmp_path):
@@ -282,10 +347,6 @@ def test_files_are_methods(scores_file):
     assert list(ev.read_methods([str(path), f"OTHER={path}"])) == ["ours", "OTHER"]
 
 
-def without(game):
-    return {g: s for g, s in SEEDS.items() if g != game}
-
-
 BAD_FILES = {
     "not json": ("{Alien: 1}", "JSON"),
     "empty": ("", "JSON"),
@@ -303,11 +364,8 @@ BAD_FILES = {
     "null": (json.dumps(SEEDS | {"Alien": None}), "null"),
     "no seeds": (json.dumps(SEEDS | {"Alien": []}), "Alien"),
     "unknown game": (json.dumps(SEEDS | {"Brekout": [1]}), "did you mean Breakout"),
-    "no such game": (json.dumps(SEEDS | {"tests.toy:Catch-v0": [1]}), "tests.toy:Catch-v0"),
     "two names": (json.dumps(SEEDS | {"ALE/Alien-v5": [1]}), "Alien appears twice"),
     "same name twice": (json.dumps(SEEDS)[:-1] + ', "Alien": [1]}', "Alien appears twice"),
-    "one missing": (json.dumps(without("Qbert")), "1 of 26 games missing (Qbert)"),
-    "many missing": (json.dumps({"Qbert": [1]}), "25 of 26 games missing (Alien, Amidar, Assault, ...)"),
 }
 
 
@@ -324,13 +382,12 @@ BAD_RESULTS = {
     "no protocol": (result(protocol="?"), "protocol"),
     "no returns": (result(returns=[]), "Breakout"),
     "nan": (result(returns=[math.nan]), "NaN"),
-    "toy": (result(env_id="tests.toy:Catch-v0"), "Catch"),
 }
 
 
 @pytest.mark.parametrize("content, words", BAD_RESULTS.values(), ids=BAD_RESULTS)
 def test_bad_results(content, words, run_dir, capsys):
-    message = failure(capsys, run_dir("bad", content), "--allow-missing")
+    message = failure(capsys, run_dir("bad", content))
     assert "bad/result.json" in message and words in message
 
 
@@ -339,10 +396,10 @@ def test_other_refusals(run_dir, scores_file, tmp_path, capsys):
     assert "nothing to evaluate" in failure(capsys)
     assert "nothing to evaluate" in failure(capsys, run_dir("unfinished", None))
     a, b = run_dir("a", result()), run_dir("b", result())
-    assert "Breakout of this method and seed is in" in failure(capsys, a, b, "--allow-missing")
-    assert "25 of 26 games missing (Alien, Amidar, Assault, ...)" in failure(capsys, a)
+    assert "Breakout of this method and seed is in" in failure(capsys, a, b)
     one, two = scores_file({"Pong": [1]}, "one.json"), scores_file({"Qbert": [1]}, "two.json")
-    assert "no game in common" in failure(capsys, one, two, "--allow-missing")
+    assert "no game in common" in failure(capsys, one, two, "--compare", "one", "two")
+    assert "--compare three: no such method; there are one, two" in failure(capsys, one, two, "--compare", "one", "three")
     (tmp_path / "sub").mkdir()
     other = scores_file(SEEDS, "sub/one.json")
     assert "NEW=" in failure(capsys, scores_file(SEEDS, "one.json"), other)
@@ -350,12 +407,40 @@ def test_other_refusals(run_dir, scores_file, tmp_path, capsys):
 
 # ---------------------------------------------------------------- output
 def test_unfinished_runs_are_left_out_and_said(run_dir, capsys, few_resamples):
-    assert run(run_dir("a", result()), run_dir("unfinished", None), "--allow-missing") == 0
-    assert "unfinished has no result.json" in capsys.readouterr().err
+    assert run(run_dir("a", result()), run_dir("unfinished", None)) == 0
+    assert "unfinished, left out" in capsys.readouterr().err
+
+
+def test_folders_are_walked(run_dir, tmp_path, capsys):
+    run_dir("a", result())
+    run_dir("b", result(seed=2, returns=[40.0]))
+    (run_dir("c", None) / "args.json").write_text("{}")
+    [method] = ev.read_methods([str(tmp_path)]).values()
+    assert method.scores == {"Breakout": [30.0, 40.0]}
+    assert capsys.readouterr().err == f"note: no result.json in {tmp_path}/c, left out\n"
+
+
+def test_toys_have_raw_returns_and_no_aggregates(run_dir, capsys):
+    toys = [run_dir(str(i), result(env_id="tests.toy:Catch-v0", seed=i, returns=[float(i)])) for i in (1, 2)]
+    assert run(*toys) == 0
+    out = capsys.readouterr().out
+    [row] = [line.split() for line in out.splitlines() if line.startswith("Catch")]
+    assert row == ["Catch", "1.5", "±0.7"] and "Raw returns" in out
+    assert "\nAggregates\n" not in out and "intervals" not in out and "INCOMPLETE" not in out
+    assert run(*toys, run_dir("3", result(seed=3))) == 0  # beside Atari games
+    out = capsys.readouterr().out
+    assert "Catch" in out and "Mean, 1 of 26 games" in out
+    assert out.count("25 of 26 games missing (Alien, Amidar, Assault, ...)") == 1
+
+
+def test_methods_without_a_game_in_common_are_shown(scores_file, capsys):
+    assert run(scores_file({"Pong": [1]}, "one.json"), scores_file({"Qbert": [1]}, "two.json")) == 0
+    out = capsys.readouterr().out
+    assert "Pong" in out and "Qbert" in out and "\nMean" not in out and out.count("25 of 26 games missing") == 2
 
 
 def test_one_run_of_one_game(run_dir, capsys):
-    assert run(run_dir("a", result()), "--allow-missing") == 0
+    assert run(run_dir("a", result())) == 0
     out = capsys.readouterr().out
     for words in ("Mean, 1 of 26 games", "Human-Optimal mean, 0 of 13 games", "INCOMPLETE", "no interval", "temperature 1.0"):
         assert words in out
@@ -364,7 +449,7 @@ def test_one_run_of_one_game(run_dir, capsys):
 
 def test_aggregates_of_a_comparison_are_over_the_games_in_common(scores_file, capsys, few_resamples):
     path = scores_file({"Pong": [20.0, 21.0], "Qbert": [1000.0, 2000.0]})
-    assert run(path, SEEDS_FILE, "--allow-missing", "--format", "json") == 0
+    assert run(path, SEEDS_FILE, "--format", "json") == 0
     records = json.loads(capsys.readouterr().out)
     over = {r["over"] for r in records if r["kind"] == "aggregate" and r["name"] not in ("agent_optimal", "human_optimal")}
     assert over == {"2 of 26 games"}
@@ -384,8 +469,20 @@ def test_terminal_table_fits_and_marks_the_best(capsys, few_resamples):
 def test_baselines_quote_or_omit_what_needs_seeds(capsys):
     assert run("--baselines") == 0
     out = capsys.readouterr().out
-    [iqm] = [line.split() for line in out.splitlines() if line.startswith("IQM")]
-    assert iqm == ["IQM", "0.130†", "0.459†", "0.501†", "-", "-", "0.641†*"] and "DreamerV3: a Freeway score of 0" in out
+    iqm = next(line.split() for line in out.splitlines() if line.startswith("IQM"))
+    assert iqm == ["IQM", "0.130†", "0.459†", "0.501†", "-", "-", "0.641†"] and "DreamerV3: a Freeway score of 0" in out
+
+
+def test_jedi_is_a_column_of_printed_aggregates(scores_file, capsys):
+    assert run("--baselines", "--format", "json") == 0
+    records = [r for r in json.loads(capsys.readouterr().out) if r.get("method") == "JEDI"]
+    expected = {"mean": 1.450, "iqm": 0.688, "optimality_gap": 0.460, "harmonic_hns": 0.377}
+    assert {r["name"]: r["value"] for r in records} == expected and all(r["kind"] == "aggregate" for r in records)
+    assert run("--baselines") == 0
+    out = capsys.readouterr().out
+    assert "0.688†*" in out and "JEDI: arXiv 2605.13013" in out
+    assert run("--baselines", scores_file({"Pong": [1.0]})) == 0  # they are of 26 games, and of no other number
+    assert "0.688" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["terminal", "markdown", "csv", "json"])
@@ -414,10 +511,10 @@ def test_markdown_is_a_table(capsys, few_resamples):
 def test_mixed_protocols_are_warned_about(run_dir, capsys, few_resamples):
     a = run_dir("a", result())
     b = run_dir("b", result(seed=2, protocol=result()["protocol"] | {"episodes": 100, "eval_seed": 9}))
-    run(a, b, "--allow-missing")
+    run(a, b)
     assert "mixed protocols (episodes;" in capsys.readouterr().out
     c = run_dir("c", result(seed=3, protocol=result()["protocol"] | {"eval_seed": 6}))
-    run(a, c, "--allow-missing")
+    run(a, c)
     assert "WARNING" not in capsys.readouterr().out
 
 
@@ -433,13 +530,16 @@ def test_plot(tmp_path, capsys, few_resamples):
     assert run(SEEDS_FILE, "--baselines", "--plot", path) == 0
     assert path.read_bytes()[:4] == b"\x89PNG"
     capsys.readouterr()
-    assert "no/out.png" in failure(capsys, SEEDS_FILE, "--plot", tmp_path / "no" / "out.png")
+    assert run(SEEDS_FILE, "--plot", tmp_path / "no" / "out.png") == 2
+    assert "no/out.png" in capsys.readouterr().err
 
 
 def test_plot_without_matplotlib(tmp_path, capsys, monkeypatch, few_resamples):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "matplotlib" in failure(capsys, SEEDS_FILE, "--plot", tmp_path / "out.png")
+    assert run(SEEDS_FILE, "--plot", tmp_path / "out.png") == 2
+    out, err = capsys.readouterr()
+    assert "Sym-HNS" in out and err.count("\n") == 1 and "pip install matplotlib" in err  # the scores are shown first
 
 
 def test_needs_numpy_only():
@@ -451,57 +551,340 @@ def test_needs_numpy_only():
     assert done.returncode == 0 and "Sym-HNS" in done.stdout and done.stderr == ""
 
 
-# ---------------------------------------------------------------- playing
+# ---------------------------------------------------------------- curves
+def write_run(path, returns, hours=2.0, **args):
+    """A run whose game i ended at agent step 10 (i + 1), of `hours` at its last step."""
+    path.mkdir(parents=True)
+    (path / "args.json").write_text(json.dumps({"env_id": "tests.toy:Catch-v0", "exp_name": "jedi", "seed": 1} | args))
+    lines = [{"global_step": 10 * (i + 1), "charts/episodic_return": x} for i, x in enumerate(returns)]
+    last = {"charts/hours": hours, "world_model/error_1": 0.5, "world_model/error_5": None}
+    lines += [{"global_step": 10 * len(returns)} | more for more in (last, {"eval/episodic_return": 7.0})]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (path / "metrics.jsonl").write_text(text + '{"global_step": 3')  # the last line was cut off
+    return path
+
+
+def test_curves_are_those_of_the_log(tmp_path):
+    curves = ev.read_curves(write_run(tmp_path / "a", list(range(20))) / "metrics.jsonl")
+    steps, hours, values = curves["return"].T
+    assert list(steps) == list(range(10, 201, 10)) and hours == pytest.approx(steps / 100)  # 2 hours at step 200
+    assert values[0] == 0 and values[1] == 0.5 and values[-1] == np.mean(range(10, 20))  # mean of the last 10 games
+    assert curves["score"].tolist() == [[200, 2, 7]] and curves["error_1"].tolist() == [[200, 2, 0.5]]
+    assert "error_5" not in curves
+
+
+def test_curves_command(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    for name, seed, returns in (("jedi", 1, [0.0] * 10), ("jedi", 2, [2.0] * 12), ("mse", 1, [5.0] * 3)):
+        write_run(tmp_path / "runs" / f"Catch__{name}__{seed}", returns, exp_name=name, seed=seed)
+    write_run(tmp_path / "runs" / "Breakout__jedi__1", [3.0], env_id="BreakoutNoFrameskip-v4")
+    png = tmp_path / "curves.png"
+    assert run("--curves", tmp_path / "runs", "--plot", png) == 0
+    out = capsys.readouterr().out
+    assert "Catch, jedi, return, seeds: 2, last 1 (0 to 2)" in out and "Catch, mse, return, seeds: 1, last 5" in out
+    assert "Breakout, jedi, return, seeds: 1, last 3" in out and png.read_bytes()[:4] == b"\x89PNG"
+    assert "--plot PNG" in failure(capsys, "--curves", tmp_path / "runs")
+
+
+# ---------------------------------------------------------------- an agent, its game and what it imagines
+SCRIPT = '''"""A stand-in for a script that trains: its frames are all of one grey, and its latent is that grey."""
+import dataclasses, json, pathlib, typing
+import numpy as np
+import torch
+
+class UsageError(Exception):
+    pass
+
+@dataclasses.dataclass
+class Args:
+    env_id: str = "BreakoutNoFrameskip-v4"
+    exp_name: str = "jedi"
+    seed: int = 1
+    horizon: int = 3
+    num_conditioning_steps: int = 2
+    image_size: int = 8
+    total_steps: int = 100
+
+class Env:
+    """The grey grows by the action + 1 at every step; a game ends with reward 1 at its 6th step."""
+    unwrapped = property(lambda self: self)
+    def get_action_meanings(self):
+        return ["NOOP", "FIRE"]
+    def frame(self):
+        return np.full((3, 8, 8), self.grey, np.uint8)
+    def reset(self):
+        self.grey, self.steps = 10, 0
+        return self.frame(), {}
+    def step(self, act):
+        self.grey, self.steps = self.grey + act + 1, self.steps + 1
+        return self.frame(), float(self.steps == 6), self.steps == 6, False, {}
+
+def make_env(env_id, seed, image_size):
+    return Env()
+
+Batch = typing.NamedTuple("Batch", [(k, torch.Tensor) for k in ("obs", "act", "rew", "end", "real", "step")])
+
+class ReplayBuffer:
+    def __init__(self, num_steps, image_size, device):
+        self.obs = torch.zeros(2 * num_steps + 2, 3, image_size, image_size, dtype=torch.uint8)
+        self.act, self.episode = (torch.zeros(len(self.obs), dtype=torch.long) for _ in range(2))
+        self.rew, self.end = torch.zeros(len(self.obs)), torch.zeros(len(self.obs), dtype=torch.bool)
+        self.size = self.num_steps = self.episodes = 0
+    def begin_episode(self, obs):
+        self.episodes += 1
+        self.append(obs)
+    def append(self, obs):
+        self.obs[self.size], self.episode[self.size] = torch.from_numpy(obs), self.episodes
+        self.size += 1
+    def add(self, act, rew, end, obs):
+        self.act[self.size - 1], self.rew[self.size - 1], self.end[self.size - 1] = act, rew, end
+        self.num_steps += 1
+        self.append(obs)
+    def sample(self, batch_size, before, after, generator):
+        slot = (torch.arange(before + 1 + after)[None]).expand(batch_size, -1)  # always the first episode
+        real = self.episode[slot] == 1
+        return Batch(self.obs[slot], self.act[slot], self.rew[slot], self.end[slot].long(), real, real)
+
+class Agent(torch.nn.Module):
+    num_actions = 2
+    def encoder(self, obs):
+        return obs[..., :1, :1, :1].float()  # [..., 1, 1, 1]
+    def actor_critic(self, z, real=None, state=None):
+        """Always FIRE; the value is the grey."""
+        return torch.tensor([-100.0, 100.0]).expand(*z.shape[:2], 2), z[:, :, 0, 0, 0], state
+
+Rollout = typing.NamedTuple("Rollout", [(k, torch.Tensor) for k in ("z", "real", "act", "rew", "end")])
+
+def gumbel(*shape, device, generator):
+    return torch.zeros(shape)
+
+def imagination_noise(args, batch, num_actions, device, generator):
+    return torch.zeros(args.horizon), torch.zeros(args.horizon)
+
+def imagine(agent, z, act, real, noise, gumbels, actions=None):
+    """Right but for the 3rd step, when it stands still. The dream ends at its 4th step."""
+    acts = torch.ones(len(z), len(noise), dtype=torch.long) if actions is None else actions
+    moves = (acts + 1.0) * (torch.arange(len(noise)) != 2)
+    dreamt = z[:, -1:] + moves.cumsum(1)[..., None, None, None]
+    end = (torch.arange(len(noise)) == 3).float().expand(len(z), -1)
+    whole = torch.cat([z, dreamt], 1)
+    return Rollout(whole, torch.ones(whole.shape[:2], dtype=torch.bool), acts, end, end)
+
+def load_agent(run_dir, device):
+    if not (run_dir / "ckpt.pt").exists():
+        raise UsageError(f"{run_dir}: no checkpoint there")
+    replay = ReplayBuffer(100, 8, "cpu")
+    if (run_dir / "ckpt.pt").read_text() == "replay":
+        for _ in range(2):
+            env = Env()
+            replay.begin_episode(env.reset()[0])
+            for t in range(6):
+                obs, rew, end, trunc, _ = env.step(1)
+                replay.add(1, rew, end, obs)
+    return Args(), Agent(), replay
+
+def evaluate_policy(agent, env_id, num_episodes, seed, progress=None):
+    for done in range(num_episodes):
+        progress(done + 1)
+    return {"returns": [float(seed + i) for i in range(num_episodes)], "lengths": [3] * num_episodes}
+
+def make_result(args, evaluation, global_step, wall_time_s, **protocol):
+    found = {"env_id": args.env_id, "game": "Breakout", "exp_name": args.exp_name, "seed": args.seed, "preset": "small"}
+    found |= {"mean_return": float(np.mean(evaluation["returns"])), "global_step": global_step}
+    return evaluation | found | {"protocol": {"episodes": len(evaluation["returns"])} | protocol}
+
+def write_json(path, content):
+    path.write_text(json.dumps(content))
+'''
+
+
 @pytest.fixture
-def fake_jedi(monkeypatch):
-    """A stand-in for jedi.py with the interface that evaluate.py uses."""
-    fake = types.ModuleType("jedi")
-    fake.UsageError = type("UsageError", (Exception,), {})
-
-    def load_agent(run_dir, device):
-        if not run_dir.is_dir():
-            raise fake.UsageError(f"{run_dir}: no checkpoint there; name a run directory")
-        return types.SimpleNamespace(env_id="BreakoutNoFrameskip-v4"), "agent", 100_000
-
-    def evaluate_policy(agent, env_id, num_episodes, seed, *, temperature=1.0, num_envs=8, progress=None, frames=None):
-        for done in range(num_episodes):
-            progress(done + 1, num_episodes)
-        if frames is not None:
-            frames += [np.full((64, 64, 3), shade, np.uint8) for shade in (0, 100, 200)]
-        return {"returns": [float(seed + i) for i in range(num_episodes)], "lengths": [3] * num_episodes}
-
-    def make_result(args, evaluation, global_step, wall_time_s, **protocol):
-        protocol = {"episodes": len(evaluation["returns"])} | protocol
-        mean = float(np.mean(evaluation["returns"]))
-        return result(**evaluation, mean_return=mean, protocol=protocol, global_step=global_step)
-
-    fake.load_agent, fake.evaluate_policy, fake.make_result = load_agent, evaluate_policy, make_result
-    fake.write_json = lambda path, content: path.write_text(json.dumps(content))
-    monkeypatch.setitem(sys.modules, "jedi", fake)
+def fork(tmp_path):
+    """A finished run of a fork, whose script has a name of its own."""
+    path = tmp_path / "runs" / "Breakout__mse__1"
+    path.mkdir(parents=True)
+    files = {"jedi_mse.py": SCRIPT, "ckpt.pt": "replay", "args.json": "{}", "result.json": json.dumps(result())}
+    for name, text in files.items():
+        (path / name).write_text(text)
+    return path
 
 
-def test_playing_writes_a_result_and_keeps_the_earlier_ones(fake_jedi, run_dir, capsys):
-    path = run_dir("a", None)
-    for seed in (1, 2, 3):
-        assert run("--checkpoint", path, "--episodes", 4, "--seed", seed) == 0
-    out, err = capsys.readouterr()
-    assert "4/4 games" in err and "Breakout" in out and "result.2.json" in out
-    kept = [json.loads((path / f"result{i}.json").read_text())["returns"][0] for i in (".1", ".2", "")]
-    assert kept == [1, 2, 3]
-    assert run(path, "--allow-missing") == 0
+def content(path):
+    return {file.relative_to(path): file.read_bytes() for file in path.rglob("*")}
 
 
-def test_refusals_of_playing(fake_jedi, tmp_path, run_dir, capsys):
-    assert "at least 1" in failure(capsys, "--checkpoint", run_dir("a", None), "--episodes", 0)
-    assert not (tmp_path / "a" / "result.json").exists()
-    assert "no checkpoint" in failure(capsys, "--checkpoint", tmp_path / "nowhere")
+def frames_of(path):
+    """GIF -> the grey in the middle of every frame."""
+    film = pytest.importorskip("PIL.Image").open(path)
+    greys = []
+    for i in range(film.n_frames):
+        film.seek(i)
+        greys.append(film.convert("RGB").getpixel((film.width // 2, film.height // 2))[0])
+    return greys
 
 
-def test_video(fake_jedi, run_dir, tmp_path, monkeypatch, capsys):
+def test_every_kind_of_looking_leaves_the_run_as_it_was(fork, tmp_path, capsys):
+    pytest.importorskip("PIL")
+    before = content(fork)
+    assert run("--checkpoint", fork, "--episodes", 2) == 0
+    assert run("--checkpoint", fork, "--episodes", 2, "--out", tmp_path / "score.json") == 0
+    assert run("--imagine", fork, tmp_path / "strip.png") == 0
+    assert run("--imagine", fork, tmp_path / "fresh.png", "--fresh") == 0
+    assert run("--dream", fork, tmp_path / "dream.gif", "--steps", 7) == 0
+    assert run("--video", fork, tmp_path / "game.gif") == 0
+    assert run(fork.parent) == 0
+    assert content(fork) == before
+    written = ["dream.gif", "fresh.png", "game.gif", "runs", "score.json", "strip.png"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == written
+    assert run(fork, f"again={tmp_path / 'score.json'}") == 0  # a score of its own is a method like others
+
+
+def test_a_latent_is_shown_as_the_frame_that_it_came_from(fork):
+    torch = pytest.importorskip("torch")
+    agent = ev.Run(fork, "cpu", seed=0)
+    frames = agent.replay.obs[:7]
+    assert torch.equal(agent.retrieve(agent.agent.encoder(frames[None]))[0], frames)
+    assert (agent.retrieve(torch.full((1, 1, 1, 1), 14.9)) == 14).all()
+    other = torch.full((1, 3, 8, 8), 15, dtype=torch.uint8)
+    assert (agent.retrieve(torch.full((1, 1, 1, 1), 14.9), other) == 15).all()
+
+
+def test_strips_begin_at_the_context_and_follow_the_real_actions(fork):
+    share, rows = ev.Run(fork, "cpu", seed=0).imagine(["NOOP", "FIRE"], contexts=5)
+    assert share == [1, 1, 1, 0] and len(rows) == 8
+    grey = lambda row: [int(frame[0, 0, 0]) for frame, _, _ in row]  # noqa: E731
+    for real, imagined in zip(rows[::2], rows[1::2]):
+        assert grey(real) == [12, 14, 16, 18] and grey(imagined) == [12, 14, 16, 16]  # it stood still at the 3rd step
+        assert [text for _, text, _ in real] == ["0 real", "1 FIRE ", "2 FIRE ", "3 FIRE "]
+        assert [colour for *_, colour in imagined] == ["lime", "lime", "lime", "red"]
+
+
+def test_strips_show_what_the_frames_show(fork, tmp_path, capsys):
     image = pytest.importorskip("PIL.Image")
-    assert run("--checkpoint", run_dir("a", None), "--episodes", 2, "--video", tmp_path / "game.gif") == 0
-    assert image.open(tmp_path / "game.gif").n_frames == 3
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    capsys.readouterr()
-    assert "pillow" in failure(capsys, "--checkpoint", run_dir("b", None), "--episodes", 2, "--video", tmp_path / "b.gif")
-    assert not (tmp_path / "b" / "result.json").exists()
+    assert run("--imagine", fork, tmp_path / "strip.png") == 0
+    assert "100% 100% 100% 0%" in capsys.readouterr().out
+    strip, size = image.open(tmp_path / "strip.png").convert("RGB"), 128
+    row = lambda y: [strip.getpixel((x * (size + 8) + 60, y * (size + 32) + 84)) for x in range(4)]  # noqa: E731
+    assert row(0) == [(g, g, g) for g in (12, 14, 16, 18)] and row(1) == [(g, g, g) for g in (12, 14, 16, 16)]
+
+
+def test_a_dream_is_as_long_as_asked_and_begins_anew_after_its_end(fork, tmp_path, capsys):
+    pytest.importorskip("PIL")
+    frames, act, rew, end, value = ev.Run(fork, "cpu", seed=0).dream(6)
+    assert frames[:, 0, 0, 0].tolist() == [14, 16, 16, 18, 14, 16]  # 4 steps to the end, then from the context again
+    assert act.tolist() == [1] * 6 and rew.tolist() == end.tolist() == [0, 0, 0, 1, 0, 0]
+    assert value.tolist() == [12, 14, 16, 16, 12, 14]  # of the frame at which the action was chosen
+    assert run("--dream", fork, tmp_path / "dream.gif", "--steps", 6) == 0
+    assert frames_of(tmp_path / "dream.gif") == frames[:, 0, 0, 0].tolist()
+    assert "6 steps, 1 ends" in capsys.readouterr().out
+
+
+def test_a_film_is_one_game(fork, tmp_path, capsys):
+    pytest.importorskip("PIL")
+    assert run("--video", fork, tmp_path / "game.gif") == 0
+    assert frames_of(tmp_path / "game.gif") == [12, 14, 16, 18, 20, 22]  # FIRE at every step
+    assert "6 steps, 1 ends, score 1" in capsys.readouterr().out
+    assert run("--video", fork, tmp_path / "cut.gif", "--steps", 4) == 0
+    assert len(frames_of(tmp_path / "cut.gif")) == 4
+    film = pytest.importorskip("PIL.Image").open(tmp_path / "game.gif")
+    film.seek(5)
+    assert film.info["duration"] >= 2000 and min(film.size) >= 384  # the last frame is held; a person can see it
+
+
+def test_weights_alone_are_looked_at_in_fresh_games(fork, tmp_path, capsys):
+    pytest.importorskip("PIL")
+    (fork / "ckpt.pt").write_text("weights")
+    assert run("--imagine", fork, tmp_path / "strip.png") == 0
+    assert "600 steps of fresh games, for the checkpoint holds no replay" in capsys.readouterr().out
+
+
+def test_a_score_is_shown_before_it_is_written(fork, tmp_path, capsys):
+    assert run("--checkpoint", fork, "--episodes", 4, "--seed", 5, "--out", tmp_path / "no" / "score.json") == 2
+    out, err = capsys.readouterr()
+    assert "Breakout, mean return 6.50 of 4 games" in out and "4/4 games" in err
+    assert err.splitlines()[-1].startswith("error: ") and "Traceback" not in err
+
+
+def test_refusals_of_looking(fork, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("PIL")
+    before = content(fork)
+    assert "at least 1" in failure(capsys, "--checkpoint", fork, "--episodes", 0)
+    assert "at least 1" in failure(capsys, "--dream", fork, tmp_path / "a.gif", "--steps", 0)
+    assert "no run directory" in failure(capsys, "--checkpoint", tmp_path / "nowhere")
+    assert "must end in .png" in failure(capsys, "--imagine", fork, tmp_path / "strip.gif")
+    assert "must end in .gif" in failure(capsys, "--video", "game.gif", fork)  # the two swapped
+    assert "only training writes" in failure(capsys, "--checkpoint", fork, "--out", fork / "result.json")
+    assert content(fork) == before
+    (fork / "ckpt.pt").unlink()
+    assert "no checkpoint there" in failure(capsys, "--dream", fork, tmp_path / "a.gif")
+    for module in ("PIL", "PIL.ImageFont"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert "pip install pillow" in failure(capsys, "--video", fork, tmp_path / "a.gif")
+
+
+def test_ctrl_c_ends_without_a_traceback(fork, monkeypatch, capsys):
+    monkeypatch.setattr(ev, "Run", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert run("--checkpoint", fork) == 130
+    assert capsys.readouterr().err == ""
+
+
+# ---------------------------------------------------------------- end to end, with the real jedi.py
+TINY = dict(
+    env_id="tests.toy:Catch-v0", image_size=16, encoder_channels=(8, 8, 8, 4), denoiser_channels=16, cond_channels=32,
+    reward_end_channels=8, lstm_dim=16, actor_critic_channels=(8, 8), horizon=3, batch_size=4, total_steps=60,
+    first_collect_steps=40, first_collect_max=40, steps_per_epoch=20, final_epochs=1, first_world_model_updates=4,
+    world_model_updates=2, first_actor_critic_updates=3, actor_critic_updates=2, eval_episodes=3, device="cpu", preset="small",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    import jedi
+
+    runs = tmp_path_factory.mktemp("trained")
+    return jedi.main(jedi.Args(**TINY, runs_dir=str(runs), seed=1)), runs / "Catch__jedi__1"
+
+
+def test_a_real_run_can_be_looked_at_and_stays_as_it_is(trained, tmp_path, capsys):
+    """Also: agent, seed and games of the final score give the final score again."""
+    pytest.importorskip("PIL")
+    trained, path = trained
+    before = content(path)
+    assert run("--checkpoint", path, "--episodes", 3, "--seed", 10_001, "--out", tmp_path / "score.json") == 0
+    score = json.loads((tmp_path / "score.json").read_text())
+    assert score["returns"] == trained["returns"] and score["protocol"] == trained["protocol"]
+    assert score["global_step"] == trained["global_step"]
+    assert run("--imagine", path, tmp_path / "strip.png") == 0
+    out = capsys.readouterr().out
+    assert "by step: 100% " in out and len(out.split("by step: ")[1].split()) == 4
+    assert run("--imagine", path, tmp_path / "fresh.png", "--fresh") == 0
+    assert run("--dream", path, tmp_path / "dream.gif", "--steps", 12) == 0 and len(frames_of(tmp_path / "dream.gif")) == 12
+    assert run("--video", path, tmp_path / "game.gif", "--steps", 500) == 0
+    frames = frames_of(tmp_path / "game.gif")
+    assert f"{len(frames)} steps, 1 ends" in capsys.readouterr().out
+    assert run(path.parent) == 0 and "Catch" in capsys.readouterr().out
+    assert content(path) == before
+
+
+def test_a_film_is_the_game_that_is_scored(trained, tmp_path, capsys):
+    """One game at one seed, filmed here and scored by evaluate_policy, which samples its actions alike."""
+    pytest.importorskip("PIL")
+    _, path = trained
+    run("--checkpoint", path, "--episodes", 1, "--seed", 4)
+    score = float(capsys.readouterr().out.split("mean return ")[1].split()[0])
+    run("--video", path, tmp_path / "game.gif", "--seed", 4)
+    assert float(capsys.readouterr().out.split("score ")[1]) == score
+
+
+def test_curves_of_a_real_run(trained, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert run("--curves", trained[1].parent, "--plot", tmp_path / "curves.png") == 0
+    assert "Catch, jedi, score, seeds: 1" in capsys.readouterr().out
+
+
+def test_a_truncated_checkpoint_is_told_in_one_line(trained, tmp_path, capsys):
+    import shutil
+
+    copy = shutil.copytree(trained[1], tmp_path / "copy")
+    (copy / "ckpt.pt").write_bytes((copy / "ckpt.pt").read_bytes()[:1000])
+    assert "truncated" in failure(capsys, "--checkpoint", copy)

@@ -46,3 +46,15 @@ class Catch(gym.Env):
 
 
 gym.register("Catch-v0", entry_point=Catch)
+
+
+class NoisyCatch(Catch):
+    """Catch over a background of fresh random noise in every frame, which no one can predict and no one needs."""
+
+    def _draw(self):
+        screen = super()._draw()
+        noise = self.np_random.integers(0, 128, screen.shape, dtype=np.uint8)
+        return np.where(screen.any(-1, keepdims=True), screen, noise)
+
+
+gym.register("NoisyCatch-v0", entry_point=NoisyCatch)
