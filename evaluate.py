@@ -1,7 +1,6 @@
 """evaluate.py: Atari 100k scores -> the aggregates that papers quote, with intervals; and pictures of what an agent imagines.
 
-    python evaluate.py runs                             # what jedi.py wrote: all finished runs below, by method, game, seed
-    python evaluate.py scores.json OURS=other.json      # {"Alien": [one score per seed], ...}: the format peers publish
+    python evaluate.py runs OURS=scores.json            # finished runs below; {"Alien": [score per seed], ...} of peers
     python evaluate.py runs --compare mse jedi          # mse - jedi with intervals, and the probability of improvement
     python evaluate.py --baselines                      # the published methods alone, or beside yours
     python evaluate.py --checkpoint runs/<run>          # the score of a trained agent over --episodes full games
@@ -11,7 +10,7 @@
     python evaluate.py --curves runs --plot curves.png  # returns and imagination error of all runs while they trained
 
 Looking changes no run: only files that you name are written. Scores need numpy alone, --curves matplotlib, pictures pillow,
-and agents what jedi.py needs. HNS: human-normalised score. G games, N runs, R resamples; other letters of shapes as in jedi.py.
+agents what jedi.py needs. HNS: human-normalised score. G games, N runs, R resamples; other letters of shapes as in jedi.py.
 """
 
 import argparse
@@ -25,9 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
-# game random human SimPLe TWM IRIS DreamerV3 STORM DIAMOND: Agent-Optimal games on the left, Human-Optimal ones on the right.
-# random, human: RANDOM.json, HUMAN.json of eloialonso/iris, as in SPR, STORM and DIAMOND. Methods: means over seeds as printed
-# in DIAMOND (SimPLe, TWM, IRIS, DIAMOND) and in STORM (DreamerV3, STORM).
+# game random human SimPLe TWM IRIS DreamerV3 STORM DIAMOND; Agent-Optimal games on the left. random, human: as in SPR, DIAMOND
+# Methods: means over seeds as printed in DIAMOND (SimPLe, TWM, IRIS, DIAMOND) and in STORM (DreamerV3, STORM).
 TABLE = """\
 Assault 222.4 742 527.2 682.6 1524.4 706 801 1526.4       |Alien 227.8 7127.7 616.9 674.6 420 959 984 744.1
 Boxing 0.1 12.1 7.8 77.5 70.1 78 80 86.9                  |Amidar 5.8 1719.5 74.3 121.8 143 139 205 225.8
@@ -45,7 +43,7 @@ UpNDown 533.4 11693.2 3350.3 15981.7 3546.2 7600 7985 3856.3|Seaquest 68.4 42054
 ROWS = [half.split() for column in zip(*(line.split("|") for line in TABLE.splitlines())) for half in column]
 SCORES = {game: tuple(map(float, scores)) for game, *scores in ROWS}  # {game: (random, human, SimPLe, ...)}
 HALVES = {"Agent-Optimal": list(SCORES)[:13], "Human-Optimal": list(SCORES)[13:]}
-PUBLISHED = {  # paper, its evaluation protocol, then QUOTED of it: printed, or of its per-seed file if that file agrees
+PUBLISHED = {  # paper, its evaluation protocol, IQM, optimality gap, mean, harmonic HNS: printed or from its seeds
     "SimPLe": ("Kaiser et al. 2020, arXiv 1903.00374", "not known", [0.130, 0.729]),
     "TWM": ("Robine et al. 2023, arXiv 2303.07109", "100 episodes, no no-ops, FIRE after a lost life", [0.459, 0.513]),
     "IRIS": ("Micheli et al. 2023, arXiv 2209.00588", "100 episodes, temperature 0.5, 1 no-op", [0.501, 0.512]),
@@ -54,18 +52,13 @@ PUBLISHED = {  # paper, its evaluation protocol, then QUOTED of it: printed, or 
     "DIAMOND": ("Alonso et al. 2024, arXiv 2405.12399", "100 episodes, temperature 1, 1 to 30 no-ops", [0.641, 0.480]),
     "JEDI": ("arXiv 2605.13013", "not known, nor are its scores per game", [0.688, 0.460, 1.450, 0.377]),
 }
-AGGREGATES = {  # key: (label, decimals); `aggregate` defines them
-    "mean": ("Mean", 3), "median": ("Median", 3), "iqm": ("IQM", 3), "optimality_gap": ("Optimality gap", 3),
-    "superhuman": ("Superhuman games", 0), "human_optimal": ("Human-Optimal mean HO", 3),
-    "agent_optimal": ("Agent-Optimal mean AO", 3), "asymmetry": ("Asymmetry AO / HO", 2), "sym_hns": ("Sym-HNS", 3),
-    "harmonic_hns": ("Harmonic HNS (+0.1)", 3), "better": ("P(A > B)", 3),
-}  # fmt: skip
-NOTES = """score ± std over seeds, HNS = (score - random) / (human - random); aggregates of HNS with 95 % bootstrap intervals; † quoted
-IQM, optimality gap, P(A > B): over all runs x games, wrong of single scores that are means over seeds (Agarwal et al. 2021)
-Agent-Optimal: the 13 games of highest mean HNS of IRIS, TWM, DreamerV3, STORM, our partition after arXiv 2505.19698 v3
-Sym-HNS: 2 HO AO / (HO + AO), the lower half if one is at or below 0. This definition is OURS, see README
-Harmonic HNS: 1 / mean of 1 / (HNS + 0.1), arXiv 2605.13013 eq. 10; needs HNS > -0.1"""
+AGGREGATES = "mean median iqm optimality_gap superhuman human_optimal agent_optimal asymmetry sym_hns harmonic_hns".split()
+NOTES = """\
+score ± std over seeds, HNS; aggregates of HNS, [95 % interval]; † quoted; IQM and gap need seeds, not their means
+agent_optimal (AO): 13 games of highest mean HNS of IRIS, TWM, DreamerV3, STORM; human_optimal (HO): the others; by us
+sym_hns: Sym-HNS, 2 HO AO / (HO + AO), or the lower half if one is <= 0. This definition is OURS, see README"""
 RESAMPLES = 50_000
+LOOKS = {"checkpoint": ".json", "imagine": ".png", "dream": ".gif", "video": ".gif"}  # what they write
 outcome = lambda rew, end: f"{rew:+g} " * bool(rew) + (end if type(end) is str else "END" * bool(end))  # noqa: E731
 show = lambda score: f"{score:.0f}" if abs(score) >= 100 else f"{score:.1f}"  # noqa: E731
 
@@ -76,8 +69,7 @@ class Problem(Exception):
 
 # ---------------------------------------------------------------- aggregates and their bootstrap
 def flatten(scores, games):
-    """{game: [one score per seed]} -> HNS of all runs, ascending [N], and the index of each one's game in `games` [N]. Games
-    without human scores keep their raw returns."""
+    """{game: [one score per seed]} -> HNS of all runs, ascending [N], raw where there is no human score; their games [N]."""
     ends = [SCORES.get(game, (0, 1)) for game in games]
     hns = [(np.asarray(scores[game], float) - low) / (high - low) for game, (low, high, *_) in zip(games, ends)]
     index = np.repeat(np.arange(len(games)), [len(seeds) for seeds in hns])
@@ -86,8 +78,7 @@ def flatten(scores, games):
 
 
 def bootstrap_counts(index, resamples, seed):
-    """Stratified bootstrap: every game draws as many runs as it has from its own runs, with replacement. index [N] from
-    `flatten`. Yields how often each run was drawn, [<= R, N] in chunks of 2 MB."""
+    """Stratified: each game draws from its own runs. index [N] -> how often each was drawn, [<= R, N], in chunks of 2 MB."""
     rng = np.random.default_rng(seed)
     for done in range(0, resamples, chunk := max(1, 2**18 // len(index))):
         counts = np.empty((min(chunk, resamples - done), len(index)), int)
@@ -97,9 +88,8 @@ def bootstrap_counts(index, resamples, seed):
 
 
 def aggregate(hns, index, agent, weights):
-    """All of AGGREGATES, in their order, for R weightings of the same runs: {key: [R]}, nan where undefined.
-    hns [N] ascending and index [N] from `flatten`; agent [G], is the game Agent-Optimal; weights [R, N], rows sum to 1.
-    IQM cuts floor(N / 4) / N of the weight at either end: rliable's trim_mean(0.25) if all games have as many seeds."""
+    """{key of AGGREGATES: [R]}, nan where undefined, for R weightings of the same runs. hns [N] ascending, index [N] as above;
+    agent [G], is the game Agent-Optimal; weights [R, N], rows sum to 1. IQM is rliable's trim_mean(0.25) of equal weights."""
     means = weights @ (hns[:, None] * (index[:, None] == np.arange(len(agent)))) * len(agent)  # [R, G]
     mean, median, superhuman = means.mean(axis=1), np.median(means, axis=1), (means >= 1 - 1e-9).sum(axis=1)
     trim = len(hns) // 4 / len(hns)
@@ -115,23 +105,19 @@ def aggregate(hns, index, agent, weights):
 
 
 def summarise(scores, games, seed=0, other=None):
-    """{game: [one score per seed]} -> {key of AGGREGATES: [value, low, high]}, or the difference to that of `other` scores and
-    "better", the probability that a run beats one of `other`, P(>) + P(=) / 2, mean over games (Agarwal et al. 2021).
-    95 % percentile interval, None where undefined or if a game has one seed. A run weighs 1 / (G x seeds of its game)."""
+    """{game: [one score per seed]} -> {key of AGGREGATES: [value, low, high]}, 95 % interval, None if undefined. With `other`
+    scores: the difference, and "better", the probability of improvement P(>) + P(=) / 2 over games (Agarwal et al. 2021)."""
     (x, i), (y, j) = flatten(scores, games), flatten(other or scores, games)  # [N], [N2]
     agent, index = np.isin(games, HALVES["Agent-Optimal"]), np.concatenate([i, j + len(games)]) if other else i
     wins = ((x[:, None] > y) + (x[:, None] == y) / 2) * (i[:, None] == j)  # [N, N2]
-
-    def statistics(weights):  # [R, N] or [R, N + N2]
-        u, v = np.split(weights, [len(x)], axis=1)
-        if not other:
-            return aggregate(x, i, agent, u)
-        first, second = aggregate(x, i, agent, u), aggregate(y, j, agent, v)
-        return {key: first[key] - second[key] for key in first} | {"better": len(games) * ((u @ wins) * v).sum(axis=1)}
-
-    seeds = np.bincount(index)
-    counts = bootstrap_counts(index, RESAMPLES * (seeds.min() > 1), seed)
-    point, *draws = [statistics(n / (len(games) * seeds[index])) for n in (np.ones((1, len(index))), *counts)]
+    seeds, results = np.bincount(index), []
+    for counts in (np.ones((1, len(index))), *bootstrap_counts(index, RESAMPLES * (seeds.min() > 1), seed)):
+        u, v = np.split(counts / (len(games) * seeds[index]), [len(x)], axis=1)  # [R, N], [R, N2 or 0]
+        results.append(aggregate(x, i, agent, u))
+        if other:
+            second, better = aggregate(y, j, agent, v), len(games) * ((u @ wins) * v).sum(axis=1)
+            results[-1] = {key: results[-1][key] - second[key] for key in second} | {"better": better}
+    point, *draws = results
     ends = {k: np.percentile(np.concatenate([d[k] for d in draws]), [2.5, 97.5]) if draws else [np.nan] * 2 for k in point}
     return {key: [float(x) if np.isfinite(x) else None for x in (point[key][0], *ends[key])] for key in point}
 
@@ -154,146 +140,130 @@ def read_file(path):
     if is_run := path.name == "result.json" or "returns" in run:
         kinds = {"env_id": str, "exp_name": str, "seed": int, "returns": list, "protocol": tuple, "global_step": int}
         if bad := [key for key, kind in kinds.items() if not isinstance(run.get(key), kind)]:
-            raise Problem(f"{path}: no result of jedi.py, no valid '{bad[0]}'; leave it out, or --resume its run to the end")
+            raise Problem(f"{path}: no result of jedi.py, no valid '{bad[0]}'; leave it out, or let its run finish")
         pairs = ((run["env_id"], run["returns"]),)
     if not isinstance(pairs, tuple) or not pairs:
         raise Problem(f'{path}: expected {{"Alien": [one score per seed], ...}}, got {json.dumps(pairs)[:40]}; rewrite it')
     scores = {}
     for name, values in pairs:
-        if (game := game_of(name)) in scores:
-            raise Problem(f"{path}: {game} appears twice, perhaps under two names; merge the two or remove one")
         bad = [v for v in values if type(v) not in (int, float) or not abs(v) < 1e15] if isinstance(values, list) else [values]
-        if bad or not values:
-            raise Problem(f"{path}: {game} must be a list of finite numbers, not {json.dumps([*bad, []][0])[:40]}; mend it")
-        scores[game] = [float(value) for value in values]
+        if bad or not values or (game := game_of(name)) in scores:
+            raise Problem(
+                f"{path}: {name} must appear once, with a list of finite numbers, not {json.dumps(bad)[:40]}; mend it"
+            )
+        scores[game] = [float(np.mean(values))] if is_run else [float(value) for value in values]
     if not is_run:
         return path.stem, scores, None, "protocol not recorded"
     protocol = {k: v for k, v in run["protocol"] if k != "eval_seed"} | {k: run.get(k) for k in ("preset", "global_step")}
-    scores = {game: [float(np.mean(returns))] for game, returns in scores.items()}
     return run["exp_name"], scores, run["seed"], ", ".join(f"{key} {value}" for key, value in protocol.items())
 
 
 def find(path, name):
     """A file, or every file `name` in and below a directory, with a note of the runs that have none."""
-    if not (path := Path(path)).exists():
-        raise Problem(f"{path}: no such file or directory; check the path")
     found = [path] if path.is_file() else sorted(path.rglob(name))
-    runs = {file.parent for file in path.rglob("args.json")} - {file.parent for file in found}
-    if left_out := sorted(map(str, runs)) or [str(path)] * (not found):
+    runs = {path} if not found else {file.parent for file in path.rglob("args.json")}
+    if left_out := sorted(map(str, runs - {file.parent for file in found})):
         print(f"note: no {name} in {', '.join(left_out)}, left out", file=sys.stderr)
     return found
 
 
 def read_methods(arguments):
     """Paths and NAME=PATH -> {name: method}. Files and runs of one name (given, exp_name or stem) are one method: scores
-    {game: [one score per seed]}, protocols {text: [paths]}, quoted {} (aggregates that only a paper knows)."""
+    {game: [one score per seed]}, protocols {text: first path}, quoted {} (aggregates that only a paper knows)."""
     methods, origin = {}, {}
     for argument in arguments:
         given, _, pattern = ("", "", argument) if Path(argument).exists() else argument.rpartition("=")
-        for path in find(pattern, "result.json"):
+        for path in find(Path(pattern), "result.json"):
             name, scores, seed, protocol = read_file(path)
             method = methods.setdefault(name := given or name, {"scores": {}, "protocols": {}, "quoted": {}})
             for game, values in scores.items():
-                if other := origin.get((name, game, seed)):
+                if (other := origin.setdefault((name, game, seed), path)) is not path:
                     raise Problem(f"{path}: {game} of this method and seed is in {other}, too; drop one or pass NEW={path}")
-                origin[name, game, seed] = path
                 method["scores"].setdefault(game, []).extend(values)
-            method["protocols"].setdefault(protocol, []).append(str(path))
+            method["protocols"].setdefault(protocol, str(path))
     return methods
 
 
 # ---------------------------------------------------------------- output
-def interval(value, low, high, digits=1, mark=""):
-    text = "-" if value is None else f"{value:.{digits}f}{mark}"
-    return text if low is None else f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
+def interval(value, low, high, digits=3, mark=""):
+    text, *ends = ("-" if x is None else f"{x:z.{digits}f}".removesuffix(".000") for x in (value, low, high))
+    return text + mark * (text != "-") + (f" [{', '.join(ends)}]" if low is not None else "")
 
 
-def describe(methods, games, seed):
-    """Gives each method its "aggregates" over `games`, {key: [value, low, high]}. -> the cells of the table, {name: {game or
-    key: text}}, and what must be said of them, lines."""
-    table, lines = {}, NOTES.splitlines()
+def compare(a, b, seed):
+    """Scores of two methods -> the cells of a - b: each game of both in raw returns, the aggregates, P(A > B)."""
+    cells, both, games = {}, sorted(a.keys() & b.keys()), sorted(a.keys() & b.keys() & SCORES.keys())
+    if not both:
+        raise Problem("--compare: no game in common; compare two methods on the same games")
+    for game in both:
+        random, human = SCORES.get(game, (0, 1))[:2]
+        cells[game] = interval(*(x and x * (human - random) for x in summarise(a, [game], seed, b)["mean"]), 1)
+    summary = (summarise(a, games, seed, b) if games else {}) | {"P(A > B)": summarise(a, both, seed, b)["better"]}
+    return cells | {key: interval(*found) for key, found in summary.items() if key != "better"}
+
+
+def render(table, games):
+    """{name of a column: {game or key: text}} -> lines: the games by half, then the aggregates."""
+    raw = {member for cells in table.values() for member in cells} - {*SCORES, *AGGREGATES, "P(A > B)"}
+    titles = HALVES | {"Raw returns": sorted(raw), f"Aggregates, {len(games)} of 26 games": [*AGGREGATES, "P(A > B)"]}
+    table = {end: {game: show(SCORES[game][i]) for game in SCORES} for i, end in enumerate(("random", "human"))} | table
+    rows = [["", *table]]
+    for title, members in titles.items():
+        shown = [member for member in members if any(member in cells for cells in [*table.values()][2:])]
+        rows += [[title, *[""] * len(table)]] * bool(shown)
+        rows += [[member, *(cells.get(member, "") for cells in table.values())] for member in shown]
+    left, *widths = [1 + max(map(len, column)) for column in zip(*rows)]
+    return [(label.ljust(left) + "".join(map(str.rjust, cells, widths))).rstrip() for label, *cells in rows]
+
+
+def score(options):
+    """Prints the table of the methods that are asked for, and what must be said of them, or all as JSON."""
+    methods, table, remarks = read_methods(options.paths), {}, NOTES.splitlines()
+    for i, (name, (paper, protocol, quoted)) in enumerate(PUBLISHED.items() if options.baselines else ()):
+        scores = {game: [row[2 + i]] for game, row in SCORES.items() if len(row) > 2 + i}
+        quoted = dict(zip(("iqm", "optimality_gap", "mean", "harmonic_hns"), quoted))
+        methods.setdefault(name, {"scores": scores, "protocols": {protocol: paper}, "quoted": quoted})
+    if not methods or set(options.compare or ()) - set(methods):
+        raise Problem(f"nothing to evaluate or --compare; methods: {', '.join(methods) or 'none'}; give runs or score files")
+    methods = {name: methods[name] for name in options.compare or methods}
+    known = [method["scores"] for method in methods.values() if set(SCORES) & set(method["scores"])]
+    games = [game for game in SCORES if known and all(game in scores for scores in known)]
     for name, method in methods.items():
         scores, quoted, cells = method["scores"], method["quoted"], table.setdefault(name, {})
         for game, seeds in scores.items():
             spread = f" ±{show(np.std(seeds, ddof=1)):<5}" if len(seeds) > 1 else ""
             hns = f" {flatten(scores, [game])[0].mean():z.2f}" if game in SCORES else ""
             cells[game] = show(np.mean(seeds)) + spread + hns
-        method["aggregates"] = summarise(scores, games, seed) if games and set(games) <= set(scores) else {}
-        method["aggregates"] |= {key: [x if len(games) == 26 else None, None, None] for key, x in quoted.items()}
-        for key, found in method["aggregates"].items():
-            cells[key] = interval(*found, AGGREGATES[key][1], "†" * (key in quoted))
-        lines += [f"{name}: {protocol}; {paths[0]}, {len(paths)} in all" for protocol, paths in method["protocols"].items()]
+        found = method["aggregates"] = summarise(scores, games, options.seed) if games and set(games) <= set(scores) else {}
+        found |= {key: [x if len(games) == 26 else None, None, None] for key, x in quoted.items()}
+        cells |= {key: interval(*x, mark="†" * (key in quoted)) for key, x in found.items()}
+        remarks += [f"{name}: {protocol}; {path}" for protocol, path in method["protocols"].items()]
         if 0 < len(lacks := sorted(set(SCORES) - set(scores))) < 26:
-            lines.append(f"{name}: INCOMPLETE, {len(lacks)} of 26 games missing ({', '.join(lacks[:3])}, ...)")
-    mixed = len({protocol for method in methods.values() for protocol in method["protocols"]}) > 1
-    return table, lines + ["WARNING: mixed protocols (see above), compare with care"] * mixed
+            remarks.append(f"{name}: INCOMPLETE, {len(lacks)} of 26 games missing ({', '.join(lacks[:3])}, ...)")
+    if names := options.compare:
+        table[" - ".join(names)] = compare(*(methods[name]["scores"] for name in names), options.seed)
+    if len({protocol for method in methods.values() for protocol in method["protocols"]}) > 1:
+        remarks.append("WARNING: mixed protocols (see above), compare with care")
+    result = json.dumps({"methods": methods, "remarks": remarks}, indent=1)
+    print(result if options.json else "\n".join(render(table, games) + remarks))
 
 
-def compare(a, b, games, seed):
-    """Scores of two methods -> the cells of a - b: each game of both in raw returns, and the aggregates over `games`."""
-    cells, both = {}, sorted(a.keys() & b.keys())
-    for game in both:
-        random, human = SCORES.get(game, (0, 1))[:2]
-        cells[game] = interval(*(x and x * (human - random) for x in summarise(a, [game], seed, b)["mean"]))
-    summary = (summarise(a, games, seed, b) if games else {}) | {"better": summarise(a, both, seed, b)["better"]}
-    return cells | {key: interval(*found, AGGREGATES[key][1]) for key, found in summary.items()}
-
-
-def render(table, games):
-    """Columns of cells side by side, as lines: the games by half, then the aggregates."""
-    raw = {member for cells in table.values() for member in cells} - {*SCORES, *AGGREGATES}
-    titles = HALVES | {"Raw returns": sorted(raw), f"Aggregates, {len(games)} of 26 games" * bool(games): AGGREGATES}
-    rows = [["", "random", "human", *table]]
-    for title, members in titles.items():
-        shown = [member for member in members if any(member in cells for cells in table.values())]
-        rows += [[title, *[""] * (len(table) + 2)]] * bool(shown)
-        for member in shown:
-            label, ends = AGGREGATES.get(member, [member])[0], [show(x) for x in SCORES.get(member, ())[:2]] or ["", ""]
-            rows.append([label, *ends, *(cells.get(member, "-") for cells in table.values())])
-    left, *widths = [1 + max(map(len, column)) for column in zip(*rows)]
-    return [(label.ljust(left) + "".join(map(str.rjust, cells, widths))).rstrip() for label, *cells in rows]
-
-
-def score(options):
-    """Prints the table of the methods that are asked for."""
-    methods = read_methods(options.paths)
-    for i, (name, (paper, protocol, quoted)) in enumerate(PUBLISHED.items() if options.baselines else ()):
-        scores = {game: [row[2 + i]] for game, row in SCORES.items() if len(row) > 2 + i}
-        quoted = dict(zip(("iqm", "optimality_gap", "mean", "harmonic_hns"), quoted))
-        methods.setdefault(name, {"scores": scores, "protocols": {protocol: [paper]}, "quoted": quoted})
-    if not methods:
-        raise Problem("nothing to evaluate; give finished runs, score files, --baselines or --checkpoint RUN")
-    if unknown := [name for name in options.compare or () if name not in methods]:
-        raise Problem(f"--compare {unknown[0]}: no such method; there are {', '.join(methods)}")
-    methods = {name: methods[name] for name in options.compare or methods}
-    known = [method["scores"] for method in methods.values() if set(SCORES) & set(method["scores"])]
-    games = [game for game in SCORES if known and all(game in scores for scores in known)]
-    table, lines = describe(methods, games, options.seed)
-    if options.compare:
-        a, b = options.compare
-        table[f"{a} - {b}"] = compare(methods[a]["scores"], methods[b]["scores"], games, options.seed)
-    text = json.dumps({"methods": methods, "notes": lines}, indent=1)
-    print(text if options.json else "\n".join(render(table, games) + lines))
-
-
-# ---------------------------------------------------------------- curves
 def read_curves(path):
-    """metrics.jsonl -> {"return" (mean of the last 10 games), "score" (of the last weights), "error_<h>": [n, 3] of agent
-    steps, hours (interpolated between the epochs, which log them), value}."""
+    """metrics.jsonl -> {"return" (mean of the last 10 games), "score", "hours", "error_<h>": [n, 2] of agent steps, value}."""
     lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]  # the last may be half-written
     names = {"charts/episodic_return": "return", "eval/episodic_return": "score", "charts/hours": "hours"}
     names |= {key: key.split("/")[1] for line in lines for key in line if key.startswith("world_model/error_")}
     found = {name: [(line["global_step"], line[k]) for line in lines if line.get(k) is not None] for k, name in names.items()}
-    clock, games = np.array([(0, 0), *found.pop("hours")]).T, [value for _, value in found["return"]]  # [2, epochs + 1]
-    found["return"] = [(step, np.mean(games[max(0, i - 9) : i + 1])) for i, (step, _) in enumerate(found["return"])]
-    return {name: np.array([(step, np.interp(step, *clock), x) for step, x in found[name]]) for name in found if found[name]}
+    games = np.array(found["return"])
+    found["return"] = [(step, games[max(0, i - 9) : i + 1, 1].mean()) for i, (step, _) in enumerate(found["return"])]
+    return {name: np.array(curve) for name, curve in found.items() if curve}
 
 
 def draw_curves(files, path):
-    """A column per game: return over agent steps and over hours, imagination error; the mean of each method, and its seeds."""
+    """A column per game, over agent steps: return, imagination error, hours; the mean of each method, and its seeds."""
     from matplotlib.figure import Figure
 
-    runs = {}  # {game: {(method, curve): [[n, 3] of a seed]}}
+    runs = {}  # {game: {(method, curve): [[n, 2] of a seed]}}
     for file in files:
         args = json.loads((file.parent / "args.json").read_text())
         for name, curve in read_curves(file).items():
@@ -302,21 +272,20 @@ def draw_curves(files, path):
         raise Problem("--curves: nothing to draw, or nowhere; give run directories or a folder of them, and --plot PNG")
     figure = Figure(figsize=(7 * len(runs), 11), layout="constrained")
     for column, (game, curves) in zip(figure.subplots(3, len(runs), squeeze=False).T, runs.items()):
-        for axes, x, y in zip(column, ("agent steps", "hours", "agent steps"), ("return", "return", "imagination error")):
-            for label, value in zip(("random", "human"), SCORES.get(game, ())) if y == "return" else [("no change", 1)]:
-                axes.axhline(value, color="gray", linestyle="--" if label == "random" else "-.", label=label)
-            axes.set(xlabel=x, ylabel=y, title=game, yscale="linear" if y == "return" else "log")
+        for i, (y, scale) in enumerate({"return": "linear", "imagination error": "log", "hours": "linear"}.items()):
+            column[i].set(xlabel="agent steps", ylabel=y, title=game, yscale=scale)
+        for i, label, value in zip((1, 0, 0), ("no change", "random", "human"), (1, *SCORES.get(game, ()))):
+            column[i].axhline(value, color="gray", linestyle="--" if label == "random" else "-.", label=label)
         for (method, name), seeds in curves.items():
-            last = [seed[-1, 2] for seed in seeds]
+            last, axes = [seed[-1, 1] for seed in seeds], column[2 if name == "hours" else int(name.startswith("error"))]
             label = f"{method}, {name}, seeds: {len(seeds)}, last {np.mean(last):.3g} ({min(last):.3g} to {max(last):.3g})"
             print(f"{game}, {label}")
-            style = f"C{sorted({m for m, _ in curves}).index(method)}" + {"score": "D", "error_5": "--"}.get(name, "-")
-            for axes, x in [(column[2], 0)] if name.startswith("error") else [(column[0], 0), (column[1], 1)]:
-                grid = np.unique([point for seed in seeds for point in seed[:, x]])
-                values = np.ma.masked_invalid([np.interp(grid, seed[:, x], seed[:, 2], np.nan, np.nan) for seed in seeds])
-                axes.plot(grid, values.T, style, alpha=0.3)
-                axes.plot(grid, values.mean(0), style, label=label)
-                axes.legend()
+            style = f"C{sorted({m for m, _ in curves}).index(method)}" + {"score": "D", "error_1": ":", "error_5": "--"}.get(name, "-")
+            grid = np.unique(np.concatenate(seeds)[:, 0])
+            values = np.ma.masked_invalid([np.interp(grid, *seed.T, np.nan, np.nan) for seed in seeds])
+            axes.plot(grid, values.T, style, alpha=0.3)
+            axes.plot(grid, values.mean(0), style, label=label)
+            axes.legend()
     figure.savefig(path, format="png", dpi=100)
 
 
@@ -340,7 +309,7 @@ class Run:
         self.rng = torch.Generator(self.replay.obs.device).manual_seed(seed)
 
     def play(self, steps):
-        """The sampled policy in a real game, for at most `steps` steps -> [(next frame, action, reward, mark, value before)]."""
+        """The sampled policy in a real game, at most `steps` steps of it: [(next frame, action, reward, mark, value)]."""
         (obs, _), state, mark, film = self.env.reset(), None, "", []
         while len(film) < steps and not mark:
             z = self.agent.encoder(torch.from_numpy(obs).to(self.rng.device)[None, None])  # [1, 1, C, h, w]
@@ -361,22 +330,19 @@ class Run:
         return batch, self.source.imagine(self.agent, self.agent.encoder(obs), act, real, *noise, actions=actions)
 
     def retrieve(self, z, *more):
-        """There is no decoder: a latent is shown as that recorded frame, or one of `more`, whose own latent is nearest.
-        z [..., C, h, w] -> uint8 [..., 3, S, S]."""
+        """z [..., C, h, w] -> the recorded frames, or of `more`, whose own latents are nearest: there is no decoder."""
         frames = torch.cat([self.replay.obs[: self.replay.size : 1 + self.replay.size // 10_000], *more])
         known = torch.cat([self.agent.encoder(part) for part in frames.split(256)]).flatten(1)  # [N, C h w]
         distance = torch.cdist(z.flatten(-3).flatten(0, -2), known, compute_mode="donot_use_mm_for_euclid_dist")  # exact
-        return frames[distance.argmin(1)].unflatten(0, z.shape[:-3])
+        return frames[distance.argmin(1)].unflatten(0, z.shape[:-3])  # [..., 3, S, S]
 
     def imagine(self, names, contexts=64):
-        """Imagination beside reality, under the real actions -> share of imagined frames shown as the real one, by step [H+1],
-        and rows for `draw`: a real and an imagined strip from each of 4 contexts, whose last frame is step 0."""
+        """Imagination under the real actions: share of its frames shown as the real one, by step [H+1]; 4 pairs of strips."""
         batch, rollout = self.roll(contexts, self.args.horizon, forced=True)
         frames, real, act, rew, end = (x[:, self.now :] for x in (batch.obs, batch.real, batch.act, batch.rew, batch.end))
         seen, rows = self.retrieve(rollout.z[:, self.now :], frames[real]), []  # [B, H+1, 3, S, S]
         same = (seen == frames).flatten(2).all(2) & real  # [B, H+1]
-        for b in range(4):
-            steps = range(int(real[b].sum()))
+        for b, steps in enumerate(map(range, real[:4].sum(1).tolist())):
             acts = ["real", *(f"{names[a]} {outcome(r, e)}" for a, r, e in zip(act[b], rew[b], end[b]))]
             dreamt = ["imagined", *map(outcome, rollout.rew[b], rollout.end[b])]
             rows.append([(frames[b, t], f"{t} {acts[t]}", "gray") for t in steps])
@@ -384,47 +350,41 @@ class Run:
         return (same.sum(0) / real.sum(0)).tolist(), rows
 
     def dream(self, steps):
-        """The policy alone in imagination: [(frame, action, reward, mark, value)], `steps` of them. After an imagined end
-        another dream begins, from another context."""
-        dreams = []
-        while left := steps - sum(len(act) for _, act, *_ in dreams):
-            _, rollout = self.roll(1, left, forced=False)
-            value = self.agent.actor_critic(rollout.z, rollout.real)[1][:, self.now : -1]
-            alive = rollout.end[0].cumsum(0) - rollout.end[0] == 0  # [left] up to and including the first end
-            dreams.append([x[0, alive] for x in (rollout.z[:, self.now + 1 :], rollout.act, rollout.rew, rollout.end, value)])
-        z, act, rew, end, value = (torch.cat(x) for x in zip(*dreams))
+        """The policy alone in imagination, from one context after the other, each to its imagined end -> as `play`."""
+        _, rollout = self.roll(64, steps, forced=False)
+        value = self.agent.actor_critic(rollout.z, rollout.real)[1][:, self.now : -1]  # [B, H]
+        alive = rollout.end.cumsum(1) - rollout.end == 0  # [B, H] up to and including the first end
+        z, act, rew, end, value = (x[alive][:steps] for x in (rollout.z[:, self.now + 1 :], *rollout[2:5], value))
         return list(zip(self.retrieve(z), act.tolist(), rew.tolist(), ["END" * bool(x) for x in end], value.tolist()))
 
 
 def draw(rows, size, title):
     """Rows of cells (frame uint8 [3, S, S], text below, colour of its border) -> a picture."""
+    from PIL import Image, ImageDraw, ImageFont, ImageOps
+
     wide, high, font = size + 8, size + 32, ImageFont.load_default(16)
     picture = Image.new("RGB", (wide * max(map(len, rows)), high * len(rows) + 24), "white")
     pen = ImageDraw.Draw(picture)
     pen.text((4, 2), title, "black", font)
     for y, row in zip(range(24, picture.height, high), rows):
         for x, (frame, text, colour) in zip(range(0, picture.width, wide), row):
-            pen.rectangle((x, y, x + size + 5, y + size + 5), colour)
             image = Image.fromarray(frame.permute(1, 2, 0).cpu().numpy()).resize((size, size), Image.Resampling.NEAREST)
-            picture.paste(image, (x + 3, y + 3))
+            picture.paste(ImageOps.expand(image, 3, colour), (x, y))
             pen.text((x + 3, y + size + 7), text, "black", font)
     return picture
 
 
-def look(command, path, out, options):
-    """--imagine, --dream, --video or --checkpoint of the run at `path`: prints what it found, then writes `out`, if any."""
-    suffix, total = {"imagine": ".png", "checkpoint": ".json"}.get(command, ".gif"), options.episodes
-    if min(options.steps, total) < 1:
-        raise Problem(f"--{command}: --steps and --episodes must be at least 1")
-    if out and (not out.endswith(suffix) or Path(out).name == "result.json"):
-        raise Problem(f"{out}: a name must end in {suffix}, and not be result.json, which only training writes; rename it")
+def look(options, command, path, picture=None):
+    """--imagine, --dream, --video or --checkpoint of the run at `path`: prints what it found, then writes a file, if any."""
+    out, total, suffix = picture or options.out, options.episodes, LOOKS[command]
+    if min(options.steps, total) < 1 or out and (not out.endswith(suffix) or Path(out).name == "result.json"):
+        raise Problem(f"--{command}: --steps and --episodes must be at least 1, and {out} must end in {suffix} and not be "
+                      "result.json, which only training writes")  # fmt: skip
     if command != "checkpoint":
-        global Image, ImageDraw, ImageFont  # if they are missing, say so before the work
-        from PIL import Image, ImageDraw, ImageFont
-
+        importlib.import_module("PIL.ImageFont")  # if it is missing, say so before the work
     run, start = Run(path, options.device, options.seed), time.time()
     if command == "checkpoint":
-        tell = lambda done: print(f"\r{done}/{total} games", end="\n" * (done == total), file=sys.stderr)  # noqa: E731
+        tell = lambda done, *_: print(f"\r{done}/{total} games", end="\n" * (done == total), file=sys.stderr)  # noqa: E731
         games = run.source.evaluate_policy(run.agent, run.args.env_id, total, options.seed, tell)
         steps = run.replay.num_steps or run.args.total_steps  # weights without their replay are those of a finished run
         result = run.source.make_result(run.args, games, steps, time.time() - start, eval_seed=options.seed)
@@ -437,8 +397,7 @@ def look(command, path, out, options):
         trainer.agent, run.replay = run.agent, trainer.buffer
         for _ in range(600):
             trainer.collect()
-    actions = range(run.agent.num_actions)
-    names = getattr(run.env.unwrapped, "get_action_meanings", lambda: [f"action {i}" for i in actions])()
+    names = getattr(run.env.unwrapped, "get_action_meanings", lambda: [f"action {i}" for i in range(run.agent.num_actions)])()
     if command == "imagine":
         share, rows = run.imagine(names)
         print(title := "identical to the real frame (green), by step: " + " ".join(f"{x:.0%}" for x in share), flush=True)
@@ -450,24 +409,21 @@ def look(command, path, out, options):
         pages.append(draw([[(frame, outcome(rew, mark), "gray")]], 384, title))
     marks = [mark for *_, mark, _ in film]
     print(f"{len(film)} steps, {marks.count('END')} ends, {marks.count('TRUNCATED')} truncations, score {score:g}", flush=True)
-    times = [*(1500 if mark else 120 for mark in marks[:-1]), 3000]  # ms
+    times = [*(1500 if mark else 120 for mark in marks[:-1]), 3000]  # ms; the last frame is held
     pages[0].save(out, "GIF", save_all=True, append_images=pages[1:], duration=times, loop=0)
 
 
-# ---------------------------------------------------------------- the command line
 def main(argv=None):
     """Returns the exit code: 0, 2 after a mistake of the user, told in one line, or 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="*", help="runs, folders of them, score files; NAME=PATH names the method")
     parser.add_argument("--baselines", action="store_true", help="add the published methods")
-    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="names of two methods: show only them and A - B")
-    parser.add_argument("--json", action="store_true", help="print scores, aggregates and notes as JSON")
-    parser.add_argument("--curves", action="store_true", help="draw how the runs trained, into --plot")
-    parser.add_argument("--plot", metavar="PNG", help="the picture of --curves")
-    parser.add_argument("--checkpoint", metavar="RUN", help="score the agent of this run directory")
-    parser.add_argument("--out", metavar="JSON", help="write the result of --checkpoint here, too")
-    for command, kind in (("imagine", "PNG"), ("dream", "GIF"), ("video", "GIF")):
-        parser.add_argument(f"--{command}", nargs=2, metavar=("RUN", kind), help="see above")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="names of two methods: show them and A - B")
+    parser.add_argument("--json", action="store_true", help="print scores, aggregates and remarks as JSON")
+    parser.add_argument("--curves", action="store_true", help="draw how the runs trained")
+    for command in LOOKS:
+        parser.add_argument(f"--{command}", nargs=1 + (command != "checkpoint"), metavar="PATH", help="see above")
+    parser.add_argument("--out", "--plot", metavar="FILE", help="JSON of --checkpoint, PNG of --curves")
     parser.add_argument("--fresh", action="store_true", help="imagine from games that the model has not seen, not its replay")
     parser.add_argument("--steps", type=int, default=300, help="of --dream, and at most of --video")
     parser.add_argument("--episodes", type=int, default=100, help="full games of --checkpoint")
@@ -475,13 +431,11 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap, or of games and imagination")
     options = parser.parse_args(argv)
     try:
-        for command in ("imagine", "dream", "video"):
-            if getattr(options, command):
-                return look(command, *getattr(options, command), options)
-        if options.checkpoint:
-            return look("checkpoint", options.checkpoint, options.out, options)
-        if options.curves or options.plot:
-            return draw_curves([file for path in options.paths for file in find(path, "metrics.jsonl")], options.plot)
+        for command in LOOKS:
+            if words := getattr(options, command):
+                return look(options, command, *words)
+        if options.curves:
+            return draw_curves([file for path in options.paths for file in find(Path(path), "metrics.jsonl")], options.out)
         score(options)
     except KeyboardInterrupt:
         return 130

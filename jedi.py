@@ -159,9 +159,8 @@ def check_args(args: Args) -> None:
             if isinstance(number, (int, float)) and not isinstance(number, bool):
                 low, high = RANGES.get(name, (at_least.get(name, 1 if isinstance(number, int) else 1e-9), math.inf))
                 if not low <= number <= high or number == math.inf:
-                    raise UsageError(
-                        f"--{flag(name)} {value}: must be at least {low}" + f" and at most {high}" * (high < math.inf)
-                    )
+                    limits = f"at least {low}" + f" and at most {high}" * (high < math.inf)
+                    raise UsageError(f"--{flag(name)} {value}: must be {limits}")
                 if number % multiples.get(name, number or 1):
                     raise UsageError(f"--{flag(name)} {value}: must be a multiple of {multiples[name]}")
     if not sum(args.recency_weights) or args.num_autoregressive_steps > args.horizon + 1:
@@ -840,6 +839,7 @@ class Trainer:
             "world_model": torch.optim.AdamW(world_model, weight_decay=args.weight_decay, fused=fused),
             "actor_critic": torch.optim.AdamW(policy, weight_decay=0.0, fused=fused),
         }
+        self.random = torch if device.type == "cpu" else torch.get_device_module(device)  # has get_rng_state, set_rng_state
         self.epoch, self.first_steps = 0, 0  # the latter: length of the first collection, once it is over
         self.done, self.seconds = dict.fromkeys(PHASES, 0), dict.fromkeys(PHASES, 0.0)  # agent steps or updates, their time
         self.sums, self.measured = {phase: {} for phase in PHASES}, {}  # of this epoch: its updates' logs, its measurements
@@ -969,27 +969,23 @@ class Trainer:
     def measure(self) -> dict[str, float]:
         """Imagination on the steps that this epoch collected, at most the newest 1,000, which no update has seen yet."""
         generator, args = torch.Generator(self.device).manual_seed(self.epoch), self.args
-        newest = 1 + min(
-            1000, self.done["collect"] - self.amount("collect", self.epoch - 1)
-        )  # the newest frame has no action yet
+        newest = (
+            min(1000, self.done["collect"] - self.amount("collect", self.epoch - 1)) + 1
+        )  # the last frame has no action yet
         batch = self.buffer.sample(64, args.num_conditioning_steps - 1, args.horizon + 1, generator, newest)
         return measure(self.agent, batch, *imagination_noise(args, 64, self.agent.num_actions, self.device, generator))
-
-    def random_state(self):
-        """The module with get_rng_state and set_rng_state of this device."""
-        return torch if self.device.type == "cpu" else torch.get_device_module(self.device)
 
     def state_dict(self) -> dict:
         state = {"agent": self.agent.state_dict(), "replay": self.buffer.state_dict()}
         state["optimizers"] = {phase: optimizer.state_dict() for phase, optimizer in self.optimizers.items()}
-        return state | {"rng": self.random_state().get_rng_state()} | {name: getattr(self, name) for name in self.COUNTERS}
+        return state | {"rng": self.random.get_rng_state()} | {name: getattr(self, name) for name in self.COUNTERS}
 
     def load_state_dict(self, state: dict) -> None:
         self.agent.load_state_dict(state["agent"])
         self.buffer.load_state_dict(state["replay"])
         for phase, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][phase])
-        self.random_state().set_rng_state(state["rng"])
+        self.random.set_rng_state(state["rng"])
         for name in self.COUNTERS:
             setattr(self, name, state[name])
 

@@ -35,6 +35,9 @@ class Catch(gym.Env):
         self._drop(row=-1)
         return screen, 1.0, self.caught == self.CATCHES, False, {}
 
+    def get_action_meanings(self):
+        return ["left", "stay", "right"]
+
     def _drop(self, row: int = 0):
         self.row, self.column = row, int(self.np_random.integers(self.GRID))
 
