@@ -280,7 +280,8 @@ def draw_curves(files, path):
             last, axes = [seed[-1, 1] for seed in seeds], column[2 if name == "hours" else int(name.startswith("error"))]
             label = f"{method}, {name}, seeds: {len(seeds)}, last {np.mean(last):.3g} ({min(last):.3g} to {max(last):.3g})"
             print(f"{game}, {label}")
-            style = f"C{sorted({m for m, _ in curves}).index(method)}" + {"score": "D", "error_1": ":", "error_5": "--"}.get(name, "-")
+            colour = f"C{sorted({m for m, _ in curves}).index(method)}"
+            style = colour + {"score": "D", "error_1": ":", "error_5": "--"}.get(name, "-")
             grid = np.unique(np.concatenate(seeds)[:, 0])
             values = np.ma.masked_invalid([np.interp(grid, *seed.T, np.nan, np.nan) for seed in seeds])
             axes.plot(grid, values.T, style, alpha=0.3)
@@ -291,14 +292,14 @@ def draw_curves(files, path):
 
 # ---------------------------------------------------------------- an agent and what it imagines
 class Run:
-    """A run directory, its networks built by the copy of the script that trained them: a fork's differ."""
+    """A run directory, its networks built by the script in it, for a fork's differ; without one by jedi.py, as it is here."""
 
     def __init__(self, path, device, seed):
         global torch  # scores do without it
         import torch
 
-        if len(sources := list(Path(path).glob("*.py"))) != 1:
-            raise Problem(f"{path}: no run directory with the one script that trained it; name one like runs/Catch__jedi__1")
+        if len(sources := list(Path(path).glob("*.py")) or [Path(__file__).with_name("jedi.py")]) != 1:
+            raise Problem(f"{path}: holds several scripts; leave the one that trained it, or none for the jedi.py beside this")
         sys.dont_write_bytecode = True  # looking leaves no __pycache__ there
         spec = importlib.util.spec_from_file_location("source_of_run", sources[0])
         self.source = sys.modules["source_of_run"] = importlib.util.module_from_spec(spec)
@@ -378,8 +379,7 @@ def look(options, command, path, picture=None):
     """--imagine, --dream, --video or --checkpoint of the run at `path`: prints what it found, then writes a file, if any."""
     out, total, suffix = picture or options.out, options.episodes, LOOKS[command]
     if min(options.steps, total) < 1 or out and (not out.endswith(suffix) or Path(out).name == "result.json"):
-        raise Problem(f"--{command}: --steps and --episodes must be at least 1, and {out} must end in {suffix} and not be "
-                      "result.json, which only training writes")  # fmt: skip
+        raise Problem(f"--{command}: must end in {suffix} (only training writes result.json), --steps, --episodes at least 1")
     if command != "checkpoint":
         importlib.import_module("PIL.ImageFont")  # if it is missing, say so before the work
     run, start = Run(path, options.device, options.seed), time.time()

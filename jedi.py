@@ -139,9 +139,9 @@ SMALL = dict(
 # The values that numbers may have: positive ones, but for these fields (and none of infinite size)
 RANGES = {name: (0, 1) for name in "gamma lambda_ lr_decay epsilon".split()} | {"p_mean": (-100, 100)}
 RANGES |= {name: (0, math.inf) for name in (
-    "seed", "checkpoint_minutes", "recency_weights", "encoder_lr_scale", "s_churn", "ent_coef", "weight_decay", "warmup_updates",
-    "first_collect_rewards", "final_epochs", "first_world_model_updates", "world_model_updates", "first_actor_critic_updates",
-    "actor_critic_updates",
+    "seed", "checkpoint_minutes", "recency_weights", "encoder_lr_scale", "s_churn", "ent_coef", "weight_decay",
+    "warmup_updates", "first_collect_rewards", "final_epochs", "first_world_model_updates", "world_model_updates",
+    "first_actor_critic_updates", "actor_critic_updates",
 )}  # fmt: skip
 
 
@@ -298,7 +298,7 @@ class ReplayBuffer:
             setattr(self, name, torch.cat([old, old.new_zeros(slots * 3 // 2 - len(old), *old.shape[1:])]))
 
     def anchor_weights(self) -> Tensor:
-        """[slots]: the episodes are cut into equal parts, oldest to newest; a part is drawn by recency, then one of its steps."""
+        """[slots]: the episodes are cut into equal parts, oldest to newest; a part is drawn by recency, then a step of it."""
         # DEVIATES: uniform over the part's steps; DIAMOND draws an episode of the part, then a step of it
         step, first = self.has_step[: self.size], self.first[: self.size]  # [slots]
         episode = (first == torch.arange(self.size, device=self.device)).cumsum(0) - 1  # [slots]
@@ -487,7 +487,7 @@ def euler_sample(denoise, noise: Tensor, sigmas: list[float], s_churn: float = 0
 
 
 class Denoiser(nn.Module):
-    """D: the next latent [B, C, h, w] from its noised self, L past latents z_hist [B, L, C, h, w] and actions act_hist [B, L]."""
+    """D: the next latent [B, C, h, w] from its noised self, latents z_hist [B, L, C, h, w] and actions act_hist [B, L]."""
 
     def __init__(self, args: Args, num_actions: int):
         super().__init__()
@@ -586,7 +586,7 @@ class RewardEndModel(nn.Module):
         return logits[..., :3], logits[..., 3:], state
 
     def loss(self, z: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Cross-entropies of reward and end over the recorded steps of z [B, T, C, h, w], the latents of the batch's frames."""
+        """Cross-entropies of reward and end over the recorded steps; z [B, T, C, h, w]: the latents of the batch's frames."""
         act, rew, end, step = (x[:, :-1] for x in (batch.act, batch.rew, batch.end, batch.step))  # [B, T-1]
         rew_logits, end_logits, _ = self(z[:, :-1], act, z[:, 1:], step)
         rew_loss = F.cross_entropy(rew_logits.transpose(1, 2), rew.long() + 1, reduction="none")  # [B, T-1]
@@ -1195,8 +1195,8 @@ def train(trainer: Trainer, logger: Logger, stop: Stop, checkpoint) -> None:
                     place = f"epoch {trainer.epoch + 1}/{trainer.num_epochs()} {phase} {trainer.done[phase]:,}/{amount:,}"
                     for key, value in trainer.sums[phase].items():
                         if not torch.isfinite(value):  # a sum never forgets it
-                            raise UsageError(f"{key} is {float(value)} at {place}, or shortly before: lower the learning rate; "
-                                             f"the last checkpoint, if there is one, is from before")  # fmt: skip
+                            kept = "lower the learning rate; the last checkpoint, if there is one, is from before"
+                            raise UsageError(f"{key} is {float(value)} at {place}, or shortly before: {kept}")
                     if now - said > 10:
                         print(f"  {place}, {to_go(trainer)}", flush=True)
                         said = now

@@ -823,7 +823,7 @@ def test_refusals_of_looking(fork, tmp_path, capsys, monkeypatch):
     before = content(fork)
     assert "at least 1" in failure(capsys, "--checkpoint", fork, "--episodes", 0)
     assert "at least 1" in failure(capsys, "--dream", fork, tmp_path / "a.gif", "--steps", 0)
-    assert "no run directory" in failure(capsys, "--checkpoint", tmp_path / "nowhere")
+    assert "no checkpoint there" in failure(capsys, "--checkpoint", tmp_path / "nowhere")
     assert "must end in .png" in failure(capsys, "--imagine", fork, tmp_path / "strip.gif")
     assert "must end in .gif" in failure(capsys, "--video", "game.gif", fork)  # the two swapped
     assert "only training writes" in failure(capsys, "--checkpoint", fork, "--out", fork / "result.json")
