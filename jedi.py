@@ -861,12 +861,16 @@ class Trainer:
         return 1 + math.ceil(collecting / self.args.steps_per_epoch) + self.args.final_epochs
 
     def amount(self, phase: str, epoch: int) -> int:
-        """Agent steps or updates of a phase that are done by the end of an epoch (0, 1, ...)."""
+        """Agent steps or updates of a phase that are done by the end of an epoch (0, 1, ...; -1: before the first)."""
         args = self.args
+        if epoch < 0:
+            return 0
         if phase != "collect":
-            return (epoch >= 0) * getattr(args, f"first_{phase}_updates") + max(0, epoch) * getattr(args, f"{phase}_updates")
-        if self.first_steps or epoch < 0:
-            return min(args.total_steps, (epoch >= 0) * self.first_steps + max(0, epoch) * args.steps_per_epoch)
+            return getattr(args, f"first_{phase}_updates") + epoch * getattr(args, f"{phase}_updates")
+        if self.first_steps:
+            return min(args.total_steps, self.first_steps + epoch * args.steps_per_epoch)
+        if self.buffer.num_steps < args.first_collect_steps:  # spares a scan of the replay, and its syncs, at every step
+            return args.first_collect_steps
         signs = self.buffer.rew[: self.buffer.size].sign()[self.buffer.has_step[: self.buffer.size]]  # [steps]
         rare = len(signs) - max(int((signs == sign).sum()) for sign in (-1, 0, 1))
         wanted = args.first_collect_steps if rare >= args.first_collect_rewards else args.first_collect_max
@@ -874,11 +878,13 @@ class Trainer:
 
     def advance(self, phase: str) -> dict | None:
         """One agent step, which returns {"r": unclipped return, "l": length} at a game's end; or one update."""
-        logs = self.collect() if phase == "collect" else self.update(phase)
-        self.done[phase] += 1
+        game, sums = None, self.sums[phase]
         if phase == "collect":
-            return logs
-        self.sums[phase] = {key: self.sums[phase].get(key, 0) + value for key, value in logs.items()}
+            game = self.collect()
+        else:
+            self.sums[phase] = {key: sums.get(key, 0) + value for key, value in self.update(phase).items()}
+        self.done[phase] += 1
+        return game
 
     @torch.no_grad()
     def collect(self) -> dict | None:
