@@ -7,16 +7,18 @@ no decoder and no reconstruction loss: the encoder learns only from what helps t
     python jedi.py --env-id Breakout    # the published experiment on a GPU, a small one on a CPU; again: goes on from there
     python jedi.py --help               # every hyperparameter, with its symbol and where it comes from
 
-The file follows a frame: environment, replay, encoder, latent diffusion, reward and end, actor-critic, imagination, losses,
-measurements, trainer, run. Shapes: B batch, T time, L conditioning steps, H horizon, C h w latent channels and size, S image
-size, A actions. z latent, act action, rew sign of the reward, end of a life; real: the frame is no padding.
+Shapes: B batch, T time, L conditioning steps, H horizon, C h w latent channels and size, S image size, A actions.
+z latent, act action, rew sign of the reward, end of a life; real: the frame is no padding.
 """
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
+import datetime
+import functools
+import hashlib
 import importlib
-import importlib.metadata
 import json
 import math
 import os
@@ -25,7 +27,6 @@ import platform
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from typing import Literal, NamedTuple
@@ -45,7 +46,7 @@ SCRIPT = pathlib.Path(__file__).resolve()  # a fork names itself in its runs and
 
 
 class UsageError(Exception):
-    """Something that the user can mend. Its text is one line: what is wrong, and the remedy. The command line exits with 2."""
+    """What the user can mend, in one line: what is wrong, and the remedy. The command line prints it and exits with 2."""
 
 
 # ------------------------------------------------------------------------------------------------------ Hyperparameters
@@ -63,16 +64,12 @@ class Args:
     runs_dir: str = "runs"  # a run lives in <runs-dir>/<game>__<exp-name>__<seed>
     checkpoint_minutes: float = 10.0  # between checkpoints; one is also written at the end and on Ctrl-C
     track: bool = False  # also log to Weights & Biases (pip install wandb)
-
-    # Environment and replay
+    # Frames, replay, encoder E
     image_size: int = 64  # S, pixels: frames are S x S x 3, latents S/8 x S/8 [D]
     recency_weights: tuple[float, ...] = (0.1, 0.1, 0.1, 0.7)  # of equal parts of the episodes, oldest to newest [D]
-
-    # Encoder E
     encoder_channels: tuple[int, int, int, int] = (32, 32, 32, 16)  # width of each stage; the last is C [P]
     encoder_lr_scale: float = 0.3  # learning rate of the encoder / learning rate of the world model [P]
     latent_bound: float = 3.0  # s of C(z) = s tanh(z / s) [P]
-
     # Latent diffusion dynamics D
     num_conditioning_steps: int = 4  # L, past latents and actions that the denoiser sees [D]
     num_autoregressive_steps: int = 2  # n, next latents predicted in a row by the training loss, n >= 2 [P]
@@ -81,90 +78,71 @@ class Args:
     sigma_data: float = 0.5  # std of the latents, and what EDM's preconditioning assumes of it [D]
     p_mean: float = -0.4  # mean of ln(sigma) in training [D]
     p_std: float = 1.2  # std of ln(sigma) in training [D]
-    sigma_train_min: float = 2e-3  # smallest sigma in training [D]
-    sigma_train_max: float = 20.0  # largest sigma in training [D]
+    sigma_train: tuple[float, float] = (2e-3, 20.0)  # bounds of sigma in training [D]
     num_denoising_steps: int = 3  # Euler steps per imagined latent [D]
-    sigma_min: float = 2e-3  # last non-zero sigma of the sampler [D]
-    sigma_max: float = 5.0  # first sigma of the sampler [D]
+    sigma_sample: tuple[float, float] = (2e-3, 5.0)  # last non-zero and first sigma of the sampler [D]
     rho: float = 7.0  # exponent of Karras' schedule [D]
-    s_churn: float = 0.0  # the sampler's S_churn (Karras et al. 2022); 1 in JEDI's stochastic-Atari experiment [P]
-
-    # Reward and end model R
+    # Reward and end model R, actor-critic
     reward_end_channels: int = 32  # width of R's residual blocks [D]
     lstm_dim: int = 512  # units of R's LSTM and of the actor-critic's [D]
-
-    # Actor-critic
     actor_critic_channels: tuple[int, int] = (32, 64)  # widths of the actor-critic's two residual blocks [O, after D]
     horizon: int = 15  # H, imagined steps per rollout [D]
     gamma: float = 0.985  # discount per agent step [D]
-    lambda_: float = 0.95  # lambda of the lambda-returns [D]
+    td_lambda: float = 0.95  # lambda of the lambda-returns [D]
     ent_coef: float = 0.001  # eta, weight of the policy's entropy in nats [D]
-
     # Optimisation
     batch_size: int = 32  # B, replayed segments per update; the paper reports the better of 32 and 64 per game [P]
     learning_rate: float = 1e-4  # AdamW's rate for denoiser and reward/end model [D]
     actor_critic_lr: float = 1e-4  # AdamW's rate for the actor-critic [D]
     weight_decay: float = 1e-2  # AdamW's weight decay of the world model; 0 for the actor-critic [D]
     warmup_updates: int = 100  # updates of linear learning-rate warm-up [D]
-    lr_decay: float = 0.0  # share of all updates, at the end, over which the rates fall linearly to 0 [D]
+    encoder_warmup_updates: int = 100  # the encoder's: late, it finds a denoiser that knows what the actions do [O]
+    lr_decay: float = 0.0  # share of all updates, at the end, over which rates and entropy bonus fall linearly to 0 [D]
     denoiser_max_grad_norm: float = 1.0  # gradient clip of the denoiser [D], and of the encoder [O]
     reward_end_max_grad_norm: float = 100.0  # gradient clip of the reward/end model [D]
     actor_critic_max_grad_norm: float = 100.0  # gradient clip of the actor-critic [D]
-
-    # Schedule. One agent step is 4 frames, so 100,000 steps are the 400k frames of "Atari 100k"
+    # Schedule, in agent steps of 4 frames: 100,000 of them are the 400k frames of "Atari 100k". Pairs: first epoch, later ones
     total_steps: int = 100_000  # agent steps in the environment [D]
-    first_collect_steps: int = 5_000  # agent steps before the first update [D]
+    collect_steps: tuple[int, int] = (5_000, 100)  # agent steps per epoch [D]
     first_collect_max: int = 10_000  # bound of the first collection, which goes on until first_collect_rewards [D]
     first_collect_rewards: int = 10  # steps seen whose reward has another than the most frequent sign [D]
-    steps_per_epoch: int = 100  # agent steps per later epoch [D]
+    world_model_updates: tuple[int, int] = (10_000, 400)  # updates of encoder, denoiser, reward/end model per epoch [D]
+    actor_critic_updates: tuple[int, int] = (5_000, 400)  # updates of the actor-critic per epoch [D]
     final_epochs: int = 50  # epochs without collecting at the end [D]
-    first_world_model_updates: int = 10_000  # world-model updates in the first epoch [D]
-    world_model_updates: int = 400  # world-model updates per later epoch [D]
-    first_actor_critic_updates: int = 5_000  # actor-critic updates in the first epoch [D]
-    actor_critic_updates: int = 400  # actor-critic updates per later epoch [D]
     epsilon: float = 0.01  # probability of a uniformly random action while collecting; 0 in evaluation [D]
     eval_episodes: int = 100  # full games of the final score, played with the last weights [D]
+
+    def __post_init__(self):
+        self.env_id += "" if "-v" in self.env_id else "NoFrameskip-v4"  # Breakout -> BreakoutNoFrameskip-v4
 
 
 # What --preset small changes: widths, rates and budgets, never what is computed
 SMALL = dict(
-    image_size=32, encoder_channels=(8, 16, 32, 16), encoder_lr_scale=0.03, num_autoregressive_steps=4, denoiser_channels=48,
-    cond_channels=128, reward_end_channels=16, lstm_dim=128, actor_critic_channels=(16, 32), horizon=10, ent_coef=0.01,
-    batch_size=24, learning_rate=5e-4, actor_critic_lr=7e-4, actor_critic_max_grad_norm=1.0, lr_decay=0.3,
-    total_steps=6_400, first_collect_steps=2_000, first_collect_max=2_000, steps_per_epoch=400, final_epochs=0,
-    first_world_model_updates=300, world_model_updates=60, first_actor_critic_updates=100, actor_critic_updates=80,
-    eval_episodes=50,
+    image_size=32, encoder_channels=(8, 16, 32, 16), encoder_lr_scale=0.1, num_autoregressive_steps=4, denoiser_channels=48,
+    cond_channels=128, reward_end_channels=16, lstm_dim=128, actor_critic_channels=(16, 32), horizon=10, ent_coef=0.05,
+    batch_size=24, learning_rate=7e-4, actor_critic_lr=7e-4, actor_critic_max_grad_norm=1.0, encoder_warmup_updates=300,
+    lr_decay=1.0, total_steps=6_400, collect_steps=(2_000, 400), first_collect_max=2_000, world_model_updates=(600, 40),
+    actor_critic_updates=(60, 85), final_epochs=0, eval_episodes=50,
 )  # fmt: skip
-
-# The values that numbers may have: positive ones, but for these fields (and none of infinite size)
-RANGES = {name: (0, 1) for name in "gamma lambda_ lr_decay epsilon".split()} | {"p_mean": (-100, 100)}
-RANGES |= {name: (0, math.inf) for name in (
-    "seed", "checkpoint_minutes", "recency_weights", "encoder_lr_scale", "s_churn", "ent_coef", "weight_decay",
-    "warmup_updates", "first_collect_rewards", "final_epochs", "first_world_model_updates", "world_model_updates",
-    "first_actor_critic_updates", "actor_critic_updates",
-)}  # fmt: skip
-
-
-def flag(name: str) -> str:
-    """learning_rate -> learning-rate, lambda_ -> lambda_: as tyro does."""
-    return name[:-1].replace("_", "-") + name[-1]
+MAY_BE_ZERO = """seed checkpoint_minutes recency_weights encoder_lr_scale gamma td_lambda ent_coef weight_decay warmup_updates
+    encoder_warmup_updates lr_decay first_collect_rewards world_model_updates actor_critic_updates final_epochs epsilon""".split()
 
 
 def check_args(args: Args) -> None:
-    """Raises UsageError for values that cannot work."""
-    multiples = {"image_size": 8, "denoiser_channels": 8, "cond_channels": 2 * args.num_conditioning_steps}
-    at_least = dict.fromkeys(("first_collect_max", "total_steps"), args.first_collect_steps) | {"num_conditioning_steps": 2}
+    """Raises UsageError for the first value that cannot work."""
+    low = dict.fromkeys(MAY_BE_ZERO, 0) | {"p_mean": -100, "num_conditioning_steps": 2}
+    low |= dict.fromkeys(("total_steps", "first_collect_max"), args.collect_steps[0])
+    high = dict.fromkeys(("gamma", "td_lambda", "lr_decay", "epsilon"), 1) | {"num_autoregressive_steps": args.horizon + 1}
+    multiple = {"image_size": 8, "denoiser_channels": 8, "cond_channels": 2 * args.num_conditioning_steps}
     for name, value in vars(args).items():
         for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, (int, float)) and not isinstance(number, bool):
-                low, high = RANGES.get(name, (at_least.get(name, 1 if isinstance(number, int) else 1e-9), math.inf))
-                if not low <= number <= high or number == math.inf:
-                    limits = f"at least {low}" + f" and at most {high}" * (high < math.inf)
-                    raise UsageError(f"--{flag(name)} {value}: must be {limits}")
-                if number % multiples.get(name, number or 1):
-                    raise UsageError(f"--{flag(name)} {value}: must be a multiple of {multiples[name]}")
-    if not sum(args.recency_weights) or args.num_autoregressive_steps > args.horizon + 1:
-        raise UsageError("--recency-weights must not all be 0, and --num-autoregressive-steps at most --horizon + 1")
+            if type(number) in (int, float):
+                lo, hi = low.get(name, 1 if type(number) is int else 1e-9), high.get(name, 10**9)
+                if not lo <= number <= hi or number % multiple.get(name, number or 1):
+                    text = f"must be from {lo} to {hi}" + (f", a multiple of {multiple[name]}" if name in multiple else "")
+                    raise UsageError(f"--{name.replace('_', '-')} {value}: {text}")
+    if not any(args.recency_weights):
+        raise UsageError(f"--recency-weights {args.recency_weights}: must not all be 0")
 
 
 # ----------------------- Environment: the usual Atari protocol (Machado et al. 2018), or any image environment as it is
@@ -177,9 +155,7 @@ class AtariGame(gym.Wrapper):
     def reset(self, **kwargs):
         obs, info = self.env.reset(**kwargs)
         for _ in range(self.env.unwrapped.np_random.integers(1, NOOP_MAX + 1)):
-            obs, _, terminated, truncated, info = self.env.step(0)
-            if terminated or truncated:
-                obs, info = self.env.reset()
+            obs, _, _, _, info = self.env.step(0)
         return obs, info
 
     def step(self, action):
@@ -200,37 +176,16 @@ def area_weights(size_in: int, size_out: int) -> np.ndarray:
     return (overlap.clip(0) * size_out / size_in).astype(np.float32)
 
 
-class ResizeFrame(gym.ObservationWrapper):
-    """uint8 screen [height, width, 3] (or grey) -> uint8 frame [3, S, S] by area averaging."""
-
-    def __init__(self, env: gym.Env, size: int):
-        super().__init__(env)
-        self.rows, self.cols = (area_weights(n, size) for n in env.observation_space.shape[:2])
-        self.observation_space = gym.spaces.Box(0, 255, (3, size, size), np.uint8)
-
-    def observation(self, screen: np.ndarray) -> np.ndarray:
-        screen = np.broadcast_to(screen.reshape(*screen.shape[:2], -1), (*screen.shape[:2], 3))
-        channels = screen.transpose(2, 0, 1).astype(np.float32)  # [3, height, width]
-        return np.rint(self.rows @ channels @ self.cols.T).astype(np.uint8)  # [3, S, S]
-
-
-def full_id(env_id: str) -> str:
-    """Breakout -> BreakoutNoFrameskip-v4; an id with a version stays as it is."""
-    return env_id if "-v" in env_id else f"{env_id}NoFrameskip-v4"
-
-
 def game_name(env_id: str) -> str:
     """BreakoutNoFrameskip-v4, ALE/Breakout-v5 -> Breakout; tests.toy:Catch-v0 -> Catch."""
-    return full_id(env_id).split(":")[-1].split("/")[-1].rsplit("-v", 1)[0].removesuffix("NoFrameskip")
+    return env_id.split(":")[-1].split("/")[-1].rsplit("-v", 1)[0].removesuffix("NoFrameskip")
 
 
 def make_env(env_id: str, seed: int, image_size: int = 64) -> gym.Env:
     """Environment with uint8 frames [3, S, S], discrete actions, unclipped rewards and, in the info of a game's last step,
     `episode` = {"r": return, "l": length}. On Atari, info["lives"] tells of lost lives. Seeded; reset() goes on from the seed.
-
-    Raises UsageError for an unknown id, an observation that is no image, or an action that is not Discrete.
-    """
-    module, _, name = full_id(env_id).rpartition(":")
+    Raises UsageError for an unknown id, an observation that is no image, or an action that is not Discrete."""
+    module, _, name = env_id.rpartition(":")
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
     try:
         importlib.import_module(module or "ale_py")  # registers the environment
@@ -243,10 +198,15 @@ def make_env(env_id: str, seed: int, image_size: int = 64) -> gym.Env:
         raise UsageError(f"--env-id {env_id}: observations must be uint8 images [height, width, 1 or 3], not {space}")
     if not isinstance(actions, gym.spaces.Discrete):
         raise UsageError(f"--env-id {env_id}: actions must be Discrete, not {actions}")
-    if actions.start:
-        env = gym.wrappers.TransformAction(env, lambda act: act + actions.start, gym.spaces.Discrete(actions.n))
-    env = ResizeFrame(AtariGame(env) if atari else env, image_size)
-    env = gym.wrappers.RecordEpisodeStatistics(env)
+    rows, cols = (area_weights(n, image_size) for n in space.shape[:2])
+
+    def resize(screen: np.ndarray) -> np.ndarray:
+        screen = np.broadcast_to(screen.reshape(*screen.shape[:2], -1), (*screen.shape[:2], 3))  # grey becomes RGB
+        return np.rint(rows @ screen.transpose(2, 0, 1).astype(np.float32) @ cols.T).astype(np.uint8)  # [3, S, S]
+
+    env, frames = AtariGame(env) if atari else env, gym.spaces.Box(0, 255, (3, image_size, image_size), np.uint8)
+    env = gym.wrappers.TransformAction(env, lambda act: act + actions.start, gym.spaces.Discrete(actions.n))
+    env = gym.wrappers.RecordEpisodeStatistics(gym.wrappers.TransformObservation(env, resize, frames))
     env.reset(seed=seed)
     return env
 
@@ -267,35 +227,26 @@ class Batch(NamedTuple):
 class ReplayBuffer:
     """One slot per frame; the final frame of an episode has its own, without an action. Grows when it is full."""
 
-    FIELDS = ("obs", "act", "rew", "end", "has_step", "first")
+    # has_step: an action was recorded there; rew: unclipped; first: the slot of the episode's first frame
+    FIELDS = dict(obs=torch.uint8, act=torch.long, rew=torch.float, end=torch.bool, has_step=torch.bool, first=torch.long)
 
     def __init__(self, num_steps: int, image_size: int, device: torch.device, recency_weights: tuple[float, ...] = (1.0,)):
-        slots, self.device, self.recency_weights = int(1.1 * num_steps) + 2, device, recency_weights
-        self.obs = torch.zeros(slots, 3, image_size, image_size, dtype=torch.uint8, device=device)
-        self.act, self.first = (torch.zeros(slots, dtype=torch.long, device=device) for _ in range(2))
-        self.rew = torch.zeros(slots, device=device)  # unclipped
-        self.end, self.has_step = (torch.zeros(slots, dtype=torch.bool, device=device) for _ in range(2))
-        self.size, self.num_steps, self.weights = 0, 0, None  # `first`: the slot of the episode's first frame
+        self.device, self.recency_weights, self.size, self.num_steps, self.weights = device, recency_weights, 0, 0, None
+        for name, dtype in self.FIELDS.items():
+            shape = (3, image_size, image_size) if name == "obs" else ()
+            setattr(self, name, torch.zeros(int(1.1 * num_steps) + 2, *shape, dtype=dtype, device=device))
 
-    def begin_episode(self, obs: np.ndarray) -> None:
-        """obs: uint8 [3, S, S], the first frame. An episode that was still open, as after a resume, stays truncated."""
-        self._append(obs, self.size)
-
-    def add(self, act: int, rew: float, end: bool, next_obs: np.ndarray) -> None:
-        """Records the action taken at the newest frame, what followed it, and the next frame [3, S, S]."""
-        slot, self.num_steps = self.size - 1, self.num_steps + 1
-        self.act[slot], self.rew[slot], self.end[slot], self.has_step[slot] = act, rew, end, True
-        self._append(next_obs, self.first[slot])
-
-    def _append(self, obs: np.ndarray, first: int | Tensor) -> None:
-        self._make_room(self.size + 1)
-        self.obs[self.size], self.first[self.size] = torch.from_numpy(obs), first
-        self.size, self.weights = self.size + 1, None
-
-    def _make_room(self, slots: int) -> None:
-        for name in self.FIELDS if slots > len(self.obs) else ():
-            old = getattr(self, name)
-            setattr(self, name, torch.cat([old, old.new_zeros(slots * 3 // 2 - len(old), *old.shape[1:])]))
+    def add(self, obs: np.ndarray, act: int | None = None, rew: float = 0.0, end: bool = False) -> None:
+        """The frame [3, S, S] to which `act` at the newest one led; without `act` the first frame of an episode. An episode
+        that is still open then, as after a resume, stays truncated."""
+        for name in self.FIELDS if self.size == len(self.obs) else ():
+            full = getattr(self, name)
+            setattr(self, name, torch.cat([full, full.new_zeros(self.size // 2 + 1, *full.shape[1:])]))
+        slot, self.first[self.size] = self.size - 1, self.size
+        if act is not None:
+            self.act[slot], self.rew[slot], self.end[slot], self.has_step[slot] = act, rew, end, True
+            self.first[self.size], self.num_steps = self.first[slot], self.num_steps + 1
+        self.obs[self.size], self.size, self.weights = torch.from_numpy(obs), self.size + 1, None
 
     def anchor_weights(self) -> Tensor:
         """[slots]: the episodes are cut into equal parts, oldest to newest; a part is drawn by recency, then a step of it."""
@@ -307,14 +258,10 @@ class ReplayBuffer:
         recency = torch.tensor(self.recency_weights, device=self.device)  # [parts]
         return recency[part] * step / torch.zeros_like(recency).index_add_(0, part, step.float()).clamp(min=1)[part]
 
-    def sample(self, batch_size: int, before: int, after: int, generator: torch.Generator | None = None,
-               newest: int | None = None) -> Batch:  # fmt: skip
-        """Segments of `before` frames, an anchor frame at which an action was recorded, and `after` frames.
-
-        Anchors are drawn by recency, or uniformly among the `newest` frames.
-        """
-        if self.weights is None:
-            self.weights = self.anchor_weights()
+    def sample(self, batch_size: int, before: int, after: int, generator=None, newest: int | None = None) -> Batch:
+        """Segments of `before` frames, an anchor frame at which an action was recorded, and `after` frames. Anchors are drawn
+        by recency, or uniformly among the `newest` frames."""
+        self.weights = self.anchor_weights() if self.weights is None else self.weights
         weights = self.weights if newest is None else self.has_step[self.size - newest : self.size].float()
         drawn = torch.multinomial(weights, batch_size, replacement=True, generator=generator)  # [B]
         anchor = self.size - len(weights) + drawn[:, None]  # [B, 1]
@@ -331,20 +278,12 @@ class ReplayBuffer:
 
     def load_state_dict(self, state: dict) -> None:
         self.size, self.num_steps, self.weights = len(state["obs"]), state["num_steps"], None
-        self._make_room(self.size)
         for name in self.FIELDS:
-            getattr(self, name)[: self.size] = state[name].to(self.device)
+            setattr(self, name, state[name].to(self.device))
 
 
 # ------------------------------------------------------------------------------------------------------- Network blocks
-def trunk_precision(args: Args, x: Tensor) -> torch.autocast:
-    """For --bf16: the context of the convolutional trunks of denoiser, reward/end model and actor-critic. All else stays
-    float32: what sums up small numbers, the noise levels, and the encoder, for what moves is a small part of its output."""
-    return torch.autocast(x.device.type, torch.bfloat16, enabled=bool(args.bf16))
-
-
-def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1)
+conv3x3 = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
 
 
 class GroupNorm(nn.Module):
@@ -375,8 +314,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x, cond)))
-        h = self.conv2(F.silu(self.norm2(h, cond)))
-        return self.skip(x) + h
+        return self.skip(x) + self.conv2(F.silu(self.norm2(h, cond)))
 
 
 class SelfAttention(nn.Module):
@@ -423,9 +361,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------- Encoder E: frame -> latent
 class Encoder(nn.Module):
     """uint8 frames [..., 3, S, S] -> latents z [..., C, S/8, S/8] = C(sigma_data (x - mean) / std), C(z) = s tanh(z / s) [P].
-
-    x is the network's output, mean that of each position, std that of all x - mean.
-    """
+    x is the network's output, mean that of each position, std that of all x - mean."""
 
     # DEVIATES: published is z = C(x). Nothing then keeps the part of x that moves from shrinking, for a latent that stands
     # still is the easiest to predict. So x is normalised, and the gradient sees it measured in units of its own motion.
@@ -471,21 +407,6 @@ def karras_sigmas(n: int, sigma_min: float, sigma_max: float, rho: float) -> lis
     return [(hi + i / max(1, n - 1) * (lo - hi)) ** rho for i in range(n)] + [0.0]
 
 
-def euler_sample(denoise, noise: Tensor, sigmas: list[float], s_churn: float = 0.0, start: float = 1.0) -> Tensor:
-    """Algorithm 2 of Karras et al. 2022 with Euler steps only.
-
-    denoise(x, sigma) -> E[clean | x], for a float sigma. noise: [1 or 1+N, *shape] unit noise; noise[0] starts the trajectory
-    with std `start` (1 in DIAMOND, sigmas[0] in EDM), and noise[1+i] is the churn of step i, needed if s_churn > 0.
-    """
-    x, gamma = noise[0] * start, min(s_churn / (len(sigmas) - 1), math.sqrt(2) - 1)
-    for i, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:])):
-        sigma_hat = sigma * (1 + gamma)
-        x = x + math.sqrt(sigma_hat**2 - sigma**2) * noise[1 + i] if gamma else x
-        d = (x - denoise(x, sigma_hat)) / sigma_hat
-        x = x + (sigma_next - sigma_hat) * d
-    return x
-
-
 class Denoiser(nn.Module):
     """D: the next latent [B, C, h, w] from its noised self, latents z_hist [B, L, C, h, w] and actions act_hist [B, L]."""
 
@@ -502,7 +423,7 @@ class Denoiser(nn.Module):
         self.up1, self.up2 = (ResBlock(2 * width, width, cond) for _ in range(2))
         self.norm_out, self.conv_out = GroupNorm(width), conv3x3(width, latent)
         nn.init.zeros_(self.conv_out.weight)
-        self.sigmas = karras_sigmas(args.num_denoising_steps, args.sigma_min, args.sigma_max, args.rho)
+        self.sigmas = karras_sigmas(args.num_denoising_steps, *args.sigma_sample, args.rho)
 
     def precondition(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """c_in, c_out, c_skip [B, 1, 1, 1] and c_noise [B] for noise levels sigma [B]. Karras et al. 2022, Table 1."""
@@ -517,7 +438,7 @@ class Denoiser(nn.Module):
         """F of Karras et al. z_in: [B, C, h, w] noised latent scaled by c_in -> [B, C, h, w]."""
         angle = 2 * math.pi * c_noise[:, None] * self.fourier  # [B, cond / 2]
         actions = self.action_embedding(act_hist).flatten(1)  # [B, cond]
-        with trunk_precision(self.args, z_in):
+        with torch.autocast(z_in.device.type, torch.bfloat16, enabled=bool(self.args.bf16)):
             cond = self.cond_mlp(torch.cat([angle.cos(), angle.sin()], 1) + actions)  # [B, cond]
             x = self.conv_in(torch.cat([z_hist.flatten(1, 2) / self.args.sigma_data, z_in], 1))  # [B, width, h, w]
             y = self.down(x, cond)
@@ -526,16 +447,13 @@ class Denoiser(nn.Module):
             return self.conv_out(F.silu(self.norm_out(h))).float()
 
     def bound(self, z: Tensor) -> Tensor:
-        # DEVIATES: a hard clamp, not C(z) = s tanh(z / s), which is not the identity on the encoder's outputs: applied again
-        # at every imagined step it would shrink them without end
+        # DEVIATES: a clamp, not C(z) = s tanh(z / s), which applied again at every imagined step would shrink z without end
         return z.clamp(-self.args.latent_bound, self.args.latent_bound)
 
     def loss(self, z: Tensor, act: Tensor, real: Tensor, sigma: Tensor, noise: Tensor, feed_own: Tensor) -> Tensor:
         """The joint-embedding diffusion loss, or self-consistency objective (2505.19698), over n autoregressive steps.
-
         z [B, L+n, C, h, w] encoded frames, act [B, L+n], real [B, L+n]; sigma [n, B] noise levels and noise [n, B, C, h, w];
-        feed_own: bool [], whether step i + 1 is conditioned on the denoiser's own latent (as in imagination) or the encoder's.
-        """
+        feed_own: bool [], whether step i+1 is conditioned on the denoiser's own latent (as in imagination) or the encoder's."""
         steps, loss = self.args.num_conditioning_steps, 0.0
         hist = list(z.unbind(1))  # not stopped: the encoder learns through the condition alone
         for i in range(len(sigma)):
@@ -552,14 +470,14 @@ class Denoiser(nn.Module):
         return loss
 
     @torch.no_grad()
-    def sample(self, z_hist: Tensor, act_hist: Tensor, noise: Tensor) -> Tensor:
-        """Imagines the next latent [B, C, h, w]; noise [1 or 1+N, B, C, h, w] as in euler_sample."""
-
-        def denoise(z: Tensor, sigma: float) -> Tensor:
+    def sample(self, z_hist: Tensor, act_hist: Tensor, z: Tensor) -> Tensor:
+        """Imagines the next latent [B, C, h, w] from noise z: Karras et al. 2022, Algorithm 2, Euler steps without churn. EDM
+        starts from noise of std sigmas[0]; DIAMOND, and so this file, from unit noise."""
+        for sigma, sigma_next in zip(self.sigmas, self.sigmas[1:]):
             c_in, c_out, c_skip, c_noise = self.precondition(torch.full((len(z),), sigma, device=z.device))
-            return c_skip * z + c_out * self.unet(c_in * z, c_noise, z_hist, act_hist)
-
-        return self.bound(euler_sample(denoise, noise, self.sigmas, self.args.s_churn)).contiguous()
+            denoised = c_skip * z + c_out * self.unet(c_in * z, c_noise, z_hist, act_hist)
+            z = z + (sigma_next - sigma) * ((z - denoised) / sigma)
+        return self.bound(z).contiguous()
 
 
 # ----------------------------------------------------------------------------------------------- Reward and end model R
@@ -578,20 +496,12 @@ class RewardEndModel(nn.Module):
     def forward(self, z: Tensor, act: Tensor, z_next: Tensor, real: Tensor | None = None, state=None):
         """z, z_next [B, T, C, h, w], act and real [B, T] -> logits [B, T, 3] and [B, T, 2], LSTM state."""
         cond = self.action_embedding(act.flatten())  # [B * T, cond]
-        with trunk_precision(self.args, z):
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=bool(self.args.bf16)):
             x = self.conv_in(torch.cat([z, z_next], 2).flatten(0, 1))  # [B * T, width, h, w]
             x = self.block2(self.block1(x, cond), cond)
         x, state = self.lstm(x.float().reshape(*act.shape, -1), real, state)  # [B, T, lstm_dim]
-        logits = self.head(x)
-        return logits[..., :3], logits[..., 3:], state
-
-    def loss(self, z: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Cross-entropies of reward and end over the recorded steps; z [B, T, C, h, w]: the latents of the batch's frames."""
-        act, rew, end, step = (x[:, :-1] for x in (batch.act, batch.rew, batch.end, batch.step))  # [B, T-1]
-        rew_logits, end_logits, _ = self(z[:, :-1], act, z[:, 1:], step)
-        rew_loss = F.cross_entropy(rew_logits.transpose(1, 2), rew.long() + 1, reduction="none")  # [B, T-1]
-        end_loss = F.cross_entropy(end_logits.transpose(1, 2), end, reduction="none")  # [B, T-1]
-        return masked_mean(rew_loss, step), masked_mean(end_loss, step)
+        rew_logits, end_logits = self.head(x).split((3, 2), -1)
+        return rew_logits, end_logits, state
 
 
 # --------------------------------------------------------------------------------------------------------- Actor-critic
@@ -610,7 +520,7 @@ class ActorCritic(nn.Module):
 
     def forward(self, z: Tensor, real: Tensor | None = None, state=None):
         """z [B, T, C, h, w], real [B, T] -> logits [B, T, A], value [B, T], LSTM state."""
-        with trunk_precision(self.args, z):
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=bool(self.args.bf16)):
             x = self.conv(z.detach().flatten(0, 1)).unflatten(0, z.shape[:2])  # [B, T, features]
         x, state = self.lstm(x.float(), real, state)
         return self.actor(x), self.critic(x).squeeze(-1), state
@@ -618,19 +528,12 @@ class ActorCritic(nn.Module):
 
 def lambda_returns(rew: Tensor, end: Tensor, value: Tensor, gamma: float, lambda_: float) -> Tensor:
     """R_t = r_t + gamma (1 - end_t) ((1 - lambda) V_{t+1} + lambda R_{t+1}), with R_H = V_H (Sutton & Barto, 12.1; DIAMOND).
-
-    rew, end [B, H], value [B, H+1] -> [B, H]. An end stops the return; the horizon, a truncation, bootstraps from the value.
-    """
+    rew, end [B, H], value [B, H+1] -> [B, H]. An end stops the return; the horizon, a truncation, bootstraps from the value."""
     returns, following = [], value[:, -1]
     for t in reversed(range(rew.shape[1])):
         following = rew[:, t] + gamma * (1 - end[:, t]) * ((1 - lambda_) * value[:, t + 1] + lambda_ * following)
         returns.append(following)
     return torch.stack(returns[::-1], 1)
-
-
-def until_end(end: Tensor) -> Tensor:
-    """end [B, H], 0 or 1 -> bool [B, H]: True up to and including the first end."""
-    return torch.cat([torch.ones_like(end[:, :1]), 1 - end[:, :-1]], 1).cumprod(1).bool()
 
 
 # ---------------------------------------------------------------------------------------------------------- Imagination
@@ -642,6 +545,7 @@ class Agent(nn.Module):
         self.args, self.num_actions = args, num_actions
         self.encoder, self.denoiser = Encoder(args), Denoiser(args, num_actions)
         self.reward_end, self.actor_critic = RewardEndModel(args, num_actions), ActorCritic(args, num_actions)
+        self.register_buffer("ent_coef", torch.tensor(args.ent_coef), persistent=False)  # it falls with the learning rates
         self.to(memory_format=torch.channels_last)  # the layout in which convolutions run fastest
 
 
@@ -653,8 +557,10 @@ class Rollout(NamedTuple):
     act: Tensor  # [B, H] taken at frames L-1 .. L+H-2
     rew: Tensor  # [B, H] sampled sign of the reward
     end: Tensor  # [B, H] sampled end, 0 or 1
-    rew_logits: Tensor  # [B, H, 3]
-    end_logits: Tensor  # [B, H, 2]
+
+    def alive(self) -> Tensor:
+        """bool [B, H]: True up to and including the first end."""
+        return torch.cat([torch.ones_like(self.end[:, :1]), 1 - self.end[:, :-1]], 1).cumprod(1).bool()
 
 
 def gumbel(*shape: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
@@ -663,9 +569,8 @@ def gumbel(*shape: int, device: torch.device, generator: torch.Generator | None 
 
 
 def imagination_noise(args: Args, batch: int, num_actions: int, device: torch.device, generator=None) -> tuple[Tensor, Tensor]:
-    """All randomness of a rollout: unit noise [H, 1 or 1+N, B, C, h, w] and gumbel noise [H, B, A + 3 + 2]."""
-    draws, h = 1 + args.num_denoising_steps * (args.s_churn > 0), args.image_size // 8
-    shape = (args.horizon, draws, batch, args.encoder_channels[-1], h, h)
+    """All randomness of a rollout: unit noise [H, B, C, h, w] and gumbel noise [H, B, A + 3 + 2]."""
+    shape = (args.horizon, batch, args.encoder_channels[-1], args.image_size // 8, args.image_size // 8)
     noise = torch.randn(shape, generator=generator, device=device)
     return noise, gumbel(args.horizon, batch, num_actions + 5, device=device, generator=generator)
 
@@ -673,9 +578,7 @@ def imagination_noise(args: Args, batch: int, num_actions: int, device: torch.de
 @torch.no_grad()
 def imagine_step(agent: Agent, z_hist: Tensor, act_hist: Tensor, policy_state, model_state, noise, gumbels, act=None):
     """One step of policy and world model, from the last L latents [B, L, C, h, w] and the L-1 actions between them [B, L-1].
-
-    -> z_next [B, C, h, w], (act, rew, end [B], logits of the latter), new LSTM states. With `act` [B] the policy is not asked.
-    """
+    -> z_next [B, C, h, w], (act, rew, end [B]), new LSTM states. With `act` [B] the policy is not asked."""
     num_actions, z_now = agent.num_actions, z_hist[:, -1:]  # [B, 1, C, h, w]
     if act is None:
         logits, _, policy_state = agent.actor_critic(z_now, None, policy_state)
@@ -684,26 +587,21 @@ def imagine_step(agent: Agent, z_hist: Tensor, act_hist: Tensor, policy_state, m
     rew_logits, end_logits, model_state = agent.reward_end(z_now, act[:, None], z_next[:, None], None, model_state)
     rew = (rew_logits[:, 0] + gumbels[:, num_actions : num_actions + 3]).argmax(1) - 1.0  # [B]
     end = (end_logits[:, 0] + gumbels[:, num_actions + 3 :]).argmax(1).float()  # [B]
-    return z_next, (act, rew, end, rew_logits[:, 0], end_logits[:, 0]), policy_state, model_state
+    return z_next, (act, rew, end), policy_state, model_state
 
 
 @torch.no_grad()
 def imagine(agent: Agent, z: Tensor, act: Tensor, real: Tensor, noise: Tensor, gumbels: Tensor, actions=None,
             step=imagine_step) -> Rollout:  # fmt: skip
-    """Rolls policy and world model H steps from the contexts z [B, L, C, h, w], act [B, L] (the last one unused), real [B, L].
-
-    noise, gumbels: see imagination_noise. With `actions` [B, H] the policy is not asked: imagination beside reality.
-    `step`: imagine_step, or its compiled twin.
-    """
+    """Rolls policy and world model H steps from the contexts z [B, L, C, h, w], act [B, L] (the last one unused), real [B, L],
+    with imagination_noise. With `actions` [B, H] the policy is not asked: imagination beside reality. `step` may be compiled."""
     steps, zs, acts, records = z.shape[1], list(z.unbind(1)), list(act[:, :-1].unbind(1)), []
     _, _, policy_state = agent.actor_critic(z[:, :-1], real[:, :-1])  # both LSTMs burn in on the context
     _, _, model_state = agent.reward_end(z[:, :-1], act[:, :-1], z[:, 1:], real[:, :-1])
     for t in range(len(noise)):
         z_hist, act_hist = torch.stack(zs[-steps:], 1), torch.stack(acts[1 - steps :], 1)  # [B, L, C, h, w], [B, L-1]
-        given = None if actions is None else actions[:, t]
-        z_next, record, policy_state, model_state = step(
-            agent, z_hist, act_hist, policy_state, model_state, noise[t], gumbels[t], given
-        )
+        given, states = None if actions is None else actions[:, t], (policy_state, model_state)
+        z_next, record, policy_state, model_state = step(agent, z_hist, act_hist, *states, noise[t], gumbels[t], given)
         zs, acts, records = [*zs, z_next], [*acts, record[0]], [*records, record]
     imagined_real = torch.cat([real, torch.ones_like(real[:, :1]).expand(-1, len(noise))], 1)
     return Rollout(torch.stack(zs, 1), imagined_real, *(torch.stack(x, 1) for x in zip(*records)))
@@ -711,15 +609,16 @@ def imagine(agent: Agent, z: Tensor, act: Tensor, real: Tensor, noise: Tensor, g
 
 # ---------------------------- Losses: tensors in, a loss and a dict of detached tensors out. No host sync, fixed shapes
 def world_model_loss(agent: Agent, batch: Batch, sigma: Tensor, noise: Tensor, feed_own: Tensor) -> tuple[Tensor, dict]:
-    """Diffusion loss + reward/end loss on one batch of segments with L-1 frames before the anchor and H+1 after it.
-
-    Both losses reach the encoder. sigma, noise, feed_own: see Denoiser.loss.
-    """
+    """Diffusion loss + reward/end loss on one batch of segments with L-1 frames before the anchor and H+1 after it. Both reach
+    the encoder. sigma, noise, feed_own: see Denoiser.loss."""
     # DEVIATES: one batch, encoded once, feeds both losses; DIAMOND draws one for each
-    z = agent.encoder(batch.obs, batch.real)  # [B, L+H+1, C, h, w]
+    z = agent.encoder(batch.obs, batch.real)  # [B, T, C, h, w]
     k = agent.args.num_conditioning_steps + agent.args.num_autoregressive_steps
     diffusion_loss = agent.denoiser.loss(z[:, :k], batch.act[:, :k], batch.real[:, :k], sigma, noise, feed_own)
-    reward_loss, end_loss = agent.reward_end.loss(z, batch)
+    act, rew, end, step = (x[:, :-1] for x in (batch.act, batch.rew, batch.end, batch.step))  # [B, T-1]
+    rew_logits, end_logits, _ = agent.reward_end(z[:, :-1], act, z[:, 1:], step)
+    reward_loss = masked_mean(F.cross_entropy(rew_logits.transpose(1, 2), rew.long() + 1, reduction="none"), step)
+    end_loss = masked_mean(F.cross_entropy(end_logits.transpose(1, 2), end, reduction="none"), step)
     logs = {"losses/denoising": diffusion_loss, "losses/reward": reward_loss, "losses/end": end_loss}
     return diffusion_loss + reward_loss + end_loss, {k: v.detach() for k, v in logs.items()}
 
@@ -730,9 +629,9 @@ def actor_critic_loss(agent: Agent, rollout: Rollout) -> tuple[Tensor, dict]:
     # DEVIATES: the gradient also flows through the LSTM's burn-in on the context; DIAMOND stops it at the rollout's start
     logits, value, _ = agent.actor_critic(rollout.z, rollout.real)  # [B, L+H, A], [B, L+H]
     logits, value = logits[:, -horizon - 1 : -1], value[:, -horizon - 1 :]  # [B, H, A], [B, H+1]
-    returns = lambda_returns(rollout.rew, rollout.end, value.detach(), args.gamma, args.lambda_)  # [B, H]
+    returns = lambda_returns(rollout.rew, rollout.end, value.detach(), args.gamma, args.td_lambda)  # [B, H]
     # DEVIATES: after an imagined end nothing counts; DIAMOND begins another rollout there
-    alive = until_end(rollout.end)  # [B, H]
+    alive = rollout.alive()  # [B, H]
     log_probs = logits.log_softmax(-1)  # [B, H, A]
     log_prob = log_probs.gather(-1, rollout.act[..., None]).squeeze(-1)  # [B, H]
     entropy = masked_mean(-(log_probs.exp() * log_probs).sum(-1), alive)
@@ -743,19 +642,17 @@ def actor_critic_loss(agent: Agent, rollout: Rollout) -> tuple[Tensor, dict]:
         "imagination/return": (rollout.rew * alive).sum(1).mean(), "imagination/value": masked_mean(value[:, :-1], alive),
         "imagination/end_rate": masked_mean(rollout.end, alive),
     }  # fmt: skip
-    return policy_loss + value_loss - args.ent_coef * entropy, {k: v.detach() for k, v in logs.items()}
+    return policy_loss + value_loss - agent.ent_coef * entropy, {k: v.detach() for k, v in logs.items()}
 
 
 # ---- Measurements: does imagination obey the environment? On the steps just collected, before any update has seen them
 @torch.no_grad()
 def measure(agent: Agent, batch: Batch, *randomness: Tensor) -> dict[str, float]:
     """Imagination beside reality on real segments: under the real actions, then under the policy's own.
-
-    error_h: squared latent error h steps ahead / that of "no change" (1: useless). accuracy_*: argmax of R in imagination,
-    per real class, NaN where the class did not occur. return_imagined and return_real: sums over H steps of sign(reward).
-    moving_std, change_rms: of the latent without its mean picture, and of its change in a step. Where they die, it collapses.
-    effective_rank: exp(entropy of the normalised singular values) of the centred latents (Roy & Vetterli 2007).
-    """
+    error_h: squared latent error h steps ahead / that of "no change" (1: useless). rewards_found, no_reward_found, ends_found:
+    share of the real ones that imagination has at the same step, NaN without any. return_imagined, return_real: sums over H
+    steps of sign(reward). moving_std, change_rms: of the latent without its mean picture, and of its change in a step.
+    effective_rank: exp(entropy of the normalised singular values) of the centred latents (Roy & Vetterli 2007)."""
     steps, horizon = agent.args.num_conditioning_steps, agent.args.horizon
     z = agent.encoder(batch.obs)  # [B, L+H+1, C, h, w]
     context = (z[:, :steps], batch.act[:, :steps], batch.real[:, :steps])
@@ -764,17 +661,13 @@ def measure(agent: Agent, batch: Batch, *randomness: Tensor) -> dict[str, float]
     z_real, real = z[:, steps : steps + horizon], batch.real[:, steps : steps + horizon]  # [B, H, C, h, w], [B, H]
     error = (forced.z[:, steps:] - z_real).square().mean((2, 3, 4)) * real  # [B, H]
     no_change = (z[:, steps - 1 : steps] - z_real).square().mean((2, 3, 4)) * real  # [B, H]
-    ratio = error.sum(0) / no_change.sum(0)  # [H]
-    logs = {f"world_model/error_{h}": ratio[h - 1] for h in {1, min(5, horizon), horizon}}
-    rew_correct, end_correct = forced.rew_logits.argmax(-1) - 1 == rew, forced.end_logits.argmax(-1) == end  # [B, H]
-    for name, correct, of_class in (
-        ("reward_accuracy_minus", rew_correct, rew < 0), ("reward_accuracy_zero", rew_correct, rew == 0),
-        ("reward_accuracy_plus", rew_correct, rew > 0), ("reward_accuracy_nonzero", rew_correct, rew != 0),
-        ("end_accuracy_0", end_correct, end == 0), ("end_accuracy_1", end_correct, end == 1),
-    ):  # fmt: skip
-        logs[f"world_model/{name}"] = (correct & of_class & step).sum() / (of_class & step).sum()
+    logs = {f"world_model/error_{h}": error[:, h - 1].sum() / no_change[:, h - 1].sum() for h in (1, min(5, horizon), horizon)}
+    right, ended = forced.rew == rew, forced.end == end  # [B, H]
+    classes = {"rewards_found": (right, rew != 0), "no_reward_found": (right, rew == 0), "ends_found": (ended, end == 1)}
+    for name, (found, real_class) in classes.items():
+        logs[f"world_model/{name}"] = (found & real_class & step).sum() / (real_class & step).sum()
     complete = step[:, -1] | (end & step).any(1)  # [B] the recording reaches H steps or the episode's end
-    for name, returns in (("imagined", (free.rew * until_end(free.end)).sum(1)), ("real", (rew * step).sum(1))):
+    for name, returns in (("imagined", (free.rew * free.alive()).sum(1)), ("real", (rew * step).sum(1))):
         logs[f"world_model/return_{name}"] = (returns * complete).sum() / complete.sum()
     moving, both = (z - z.mean((0, 1)))[batch.real], batch.real[:, 1:] & batch.real[:, :-1]
     s = torch.linalg.svdvals(moving[:1000].flatten(1).cpu())  # not every device can
@@ -785,11 +678,9 @@ def measure(agent: Agent, batch: Batch, *randomness: Tensor) -> dict[str, float]
 
 # -------------------------------------------------------------------------------------- Trainer: what a checkpoint holds
 class CudaGraph:
-    """Calls function(batch) -> logs, and from its 4th call on replays its kernels in one launch instead of thousands.
-
-    The first calls compile and tune, on a stream of their own, as capture demands. A capture keeps the addresses of what it
-    read and wrote, so the batch is copied to a fixed place, and logs and gradients are valid until the next call.
-    """
+    """Calls function(batch) -> logs, and from the 4th call on replays its kernels in one launch instead of thousands. The first
+    calls compile and tune, on a stream of their own, as capture demands. A capture keeps the addresses of what it read and
+    wrote, so the batch is copied to a fixed place, and logs and gradients are valid until the next call."""
 
     def __init__(self, function):
         self.function, self.calls = function, 0
@@ -819,31 +710,30 @@ PHASES = ("collect", "world_model", "actor_critic")  # of an epoch, in their ord
 class Trainer:
     """Networks, optimizers, replay, counters, random state. `advance` is one agent step or one update."""
 
-    COUNTERS = ("epoch", "first_steps", "done", "seconds", "sums", "measured", "initial_change", "log_lines", "returns")
+    COUNTERS = "epoch first_steps signs done seconds sums measured initial_change log_size returns".split()
 
     def __init__(self, args: Args, num_actions: int, device: torch.device):
         torch.manual_seed(args.seed)  # the one source of randomness besides the emulator's
         self.args, self.device, self.env = args, device, None
         self.agent = Agent(args, num_actions).to(device)
         self.buffer = ReplayBuffer(args.total_steps, args.image_size, device, args.recency_weights)
-        rate, clip, fused = args.learning_rate, args.denoiser_max_grad_norm, device.type in ("cpu", "cuda")
-        encoder, denoiser, reward_end, actor_critic = (list(net.parameters()) for net in self.agent.children())
-        world_model = [
-            dict(name="encoder", params=encoder, rate=rate * args.encoder_lr_scale, clip=clip),
-            dict(name="denoiser", params=denoiser, rate=rate, clip=clip),
-            dict(name="reward_end", params=reward_end, rate=rate, clip=args.reward_end_max_grad_norm),
-        ]
-        clip = args.actor_critic_max_grad_norm
-        policy = [dict(name="actor_critic", params=actor_critic, rate=args.actor_critic_lr, clip=clip)]
-        self.optimizers = {
-            "world_model": torch.optim.AdamW(world_model, weight_decay=args.weight_decay, fused=fused),
-            "actor_critic": torch.optim.AdamW(policy, weight_decay=0.0, fused=fused),
-        }
+        rate, clip = args.learning_rate, args.denoiser_max_grad_norm
+        rates = (rate * args.encoder_lr_scale, rate, rate, args.actor_critic_lr)
+        clips = (clip, clip, args.reward_end_max_grad_norm, args.actor_critic_max_grad_norm)
+        common, groups = dict(warmup=args.warmup_updates, power=1), []
+        for (name, network), rate, clip in zip(self.agent.named_children(), rates, clips):
+            groups.append(dict(name=name, params=list(network.parameters()), rate=rate, clip=clip, **common))
+        groups[0] |= dict(warmup=args.encoder_warmup_updates, power=2)  # it comes to rest before those that read it
+        adamw = functools.partial(torch.optim.AdamW, fused=device.type in ("cpu", "cuda"))
+        self.optimizers = {"world_model": adamw(groups[:3], weight_decay=args.weight_decay)}
+        self.optimizers["actor_critic"] = adamw(groups[3:], weight_decay=0.0)
         self.random = torch if device.type == "cpu" else torch.get_device_module(device)  # has get_rng_state, set_rng_state
-        self.epoch, self.first_steps = 0, 0  # the latter: length of the first collection, once it is over
+        self.plan = {"collect": args.collect_steps, "world_model": args.world_model_updates}  # first epoch, later ones
+        self.plan["actor_critic"] = args.actor_critic_updates
         self.done, self.seconds = dict.fromkeys(PHASES, 0), dict.fromkeys(PHASES, 0.0)  # agent steps or updates, their time
+        self.epoch, self.first_steps, self.signs = 0, 0, [0, 0, 0]  # length of the first collection; rewards of sign 0, 1, -1
         self.sums, self.measured = {phase: {} for phase in PHASES}, {}  # of this epoch: its updates' logs, its measurements
-        self.initial_change, self.log_lines, self.returns = 0.0, 0, []  # returns: of the newest 10 training games
+        self.initial_change, self.log_size, self.returns = 0.0, 0, []  # the latter: of the newest 10 training games
         self.accelerate(device.type == "cuda" if args.compile is None else args.compile)
 
     def accelerate(self, fast: bool) -> None:
@@ -852,37 +742,24 @@ class Trainer:
         if fast:  # one imagined step: unrolled over H of them, a graph would take many minutes to compile
             functions = (torch.compile(function, fullgraph=True, dynamic=False) for function in functions)
         self.world_model_loss, self.imagine_step, self.actor_critic_loss = functions
-        self.gradients = {"world_model": self.world_model_gradients, "actor_critic": self.actor_critic_gradients}
-        if fast and self.device.type == "cuda":
-            self.gradients = {phase: CudaGraph(function) for phase, function in self.gradients.items()}
+        capture = CudaGraph if fast and self.device.type == "cuda" else lambda function: function
+        self.gradients = {phase: capture(functools.partial(self.compute_gradients, phase)) for phase in PHASES[1:]}
 
     def num_epochs(self) -> int:
-        collecting = self.args.total_steps - (self.first_steps or self.args.first_collect_steps)
-        return 1 + math.ceil(collecting / self.args.steps_per_epoch) + self.args.final_epochs
+        first, later = self.plan["collect"]
+        return 1 + math.ceil((self.args.total_steps - (self.first_steps or first)) / later) + self.args.final_epochs
 
     def amount(self, phase: str, epoch: int) -> int:
         """Agent steps or updates of a phase that are done by the end of an epoch (0, 1, ...; -1: before the first)."""
-        args = self.args
-        if epoch < 0:
-            return 0
-        if phase != "collect":
-            return getattr(args, f"first_{phase}_updates") + epoch * getattr(args, f"{phase}_updates")
-        if self.first_steps:
-            return min(args.total_steps, self.first_steps + epoch * args.steps_per_epoch)
-        if self.buffer.num_steps < args.first_collect_steps:  # spares a scan of the replay, and its syncs, at every step
-            return args.first_collect_steps
-        signs = self.buffer.rew[: self.buffer.size].sign()[self.buffer.has_step[: self.buffer.size]]  # [steps]
-        rare = len(signs) - max(int((signs == sign).sum()) for sign in (-1, 0, 1))
-        wanted = args.first_collect_steps if rare >= args.first_collect_rewards else args.first_collect_max
-        return min(wanted, args.total_steps)
+        (first, later), limit = self.plan[phase], math.inf
+        if phase == "collect":  # the first time until rewards have been seen
+            enough, limit = sum(self.signs) - max(self.signs) >= self.args.first_collect_rewards, self.args.total_steps
+            first = self.first_steps or (first if enough else self.args.first_collect_max)
+        return min(limit, first + epoch * later) if epoch >= 0 else 0
 
     def advance(self, phase: str) -> dict | None:
         """One agent step, which returns {"r": unclipped return, "l": length} at a game's end; or one update."""
-        game, sums = None, self.sums[phase]
-        if phase == "collect":
-            game = self.collect()
-        else:
-            self.sums[phase] = {key: sums.get(key, 0) + value for key, value in self.update(phase).items()}
+        game = self.collect() if phase == "collect" else self.update(phase)
         self.done[phase] += 1
         return game
 
@@ -897,7 +774,7 @@ class Trainer:
             self.lives = info.get("lives", 0)
         if self.end:
             self.lstm_state = None
-            self.buffer.begin_episode(self.obs)
+            self.buffer.add(self.obs)
         z = self.agent.encoder(torch.from_numpy(self.obs).to(self.device)[None, None])  # [1, 1, C, h, w]
         logits, _, self.lstm_state = self.agent.actor_critic(z, None, self.lstm_state)  # [1, 1, A]
         uniform = torch.rand((), device=self.device) < self.args.epsilon
@@ -905,13 +782,16 @@ class Trainer:
         act = int(torch.where(uniform, noise, logits + noise).argmax())  # the only sync of a step
         self.obs, rew, terminated, truncated, info = self.env.step(act)
         life_lost, self.lives = info.get("lives", 0) < self.lives, info.get("lives", 0)
-        self.buffer.add(act, float(rew), terminated or life_lost, self.obs)
+        self.buffer.add(self.obs, act, float(rew), terminated or life_lost)
+        self.signs[int(np.sign(rew))] += 1
         self.game_over, self.end = terminated or truncated, terminated or truncated or life_lost
         return info.get("episode")
 
-    def update(self, phase: str) -> dict[str, Tensor]:
-        """One step of the world model (encoder, denoiser, reward/end model), or of the actor-critic. -> logs."""
-        batch, optimizer = self.segments() if phase == "world_model" else self.contexts(), self.optimizers[phase]
+    def update(self, phase: str) -> None:
+        """One step of the world model (encoder, denoiser, reward/end model), or of the actor-critic; its logs go to `sums`."""
+        batch, k, total = self.batch(phase), self.done[phase], self.amount(phase, self.num_epochs() - 1)
+        decay = min(1.0, (total - k) / (self.args.lr_decay * total)) if self.args.lr_decay else 1.0
+        self.agent.ent_coef.fill_(self.args.ent_coef * decay)
         try:
             logs = self.gradients[phase](batch)
         except Exception as error:
@@ -925,39 +805,32 @@ class Trainer:
             print(f"note: {reason}; going on without, which is slower", flush=True)
             self.accelerate(False)
             logs = self.gradients[phase](batch)
-        k, total = self.done[phase], self.amount(phase, self.num_epochs() - 1)
-        decay = (total - k) / (self.args.lr_decay * total) if self.args.lr_decay else 1.0
-        for group in optimizer.param_groups:
-            group["lr"] = group["rate"] * min(1.0, (k + 1) / max(1, self.args.warmup_updates), decay)
-        optimizer.step()
-        return logs
+        for group in self.optimizers[phase].param_groups:
+            group["lr"] = group["rate"] * decay ** group["power"] * min(1.0, (k + 1) / max(1, group["warmup"]))
+        self.optimizers[phase].step()
+        self.sums[phase] = {key: self.sums[phase].get(key, 0) + value for key, value in logs.items()}
 
-    def segments(self, generator: torch.Generator | None = None) -> Batch:
-        """For the world model: L-1 frames, an anchor, H+1 frames, so that the reward/end model sees L+H transitions."""
-        return self.buffer.sample(self.args.batch_size, self.args.num_conditioning_steps - 1, self.args.horizon + 1, generator)
+    def batch(self, phase: str, generator: torch.Generator | None = None) -> Batch:
+        """L-1 frames and an anchor, from which the actor-critic imagines; for the world model H+1 frames more."""
+        after = self.args.horizon + 1 if phase == "world_model" else 0
+        return self.buffer.sample(self.args.batch_size, self.args.num_conditioning_steps - 1, after, generator)
 
-    def contexts(self) -> Batch:
-        """For the actor-critic: the L frames from which it imagines."""
-        return self.buffer.sample(self.args.batch_size, self.args.num_conditioning_steps - 1, 0)
-
-    def world_model_gradients(self, batch: Batch) -> dict[str, Tensor]:
-        """Everything of an update but the optimizer's step, whose learning rate is a number of the host."""
-        args, n, size, h = self.args, self.args.num_autoregressive_steps, len(batch.obs), self.args.image_size // 8
-        sigma = (torch.randn(n, size, device=self.device) * args.p_std + args.p_mean).exp()
-        sigma = sigma.clamp(args.sigma_train_min, args.sigma_train_max)  # [n, B]
-        noise = torch.randn(n, size, args.encoder_channels[-1], h, h, device=self.device)
-        feed_own = torch.rand((), device=self.device) < 0.5  # a fair coin per batch [P]
-        return self.backward("world_model", *self.world_model_loss(self.agent, batch, sigma, noise, feed_own))
-
-    def actor_critic_gradients(self, batch: Batch) -> dict[str, Tensor]:
-        """Everything of an update but the optimizer's step: contexts -> imagination -> loss -> clipped gradients."""
-        with torch.no_grad():
-            z = self.agent.encoder(batch.obs)  # [B, L, C, h, w]
-        randomness = imagination_noise(self.args, len(z), self.agent.num_actions, self.device)
-        rollout = imagine(self.agent, z, batch.act, batch.real, *randomness, step=self.imagine_step)
-        return self.backward("actor_critic", *self.actor_critic_loss(self.agent, rollout))
-
-    def backward(self, phase: str, loss: Tensor, logs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def compute_gradients(self, phase: str, batch: Batch) -> dict[str, Tensor]:
+        """Everything of an update but the optimizer's step, whose learning rate is a number of the host. -> logs."""
+        args, size = self.args, len(batch.obs)
+        if phase == "world_model":
+            n, h = args.num_autoregressive_steps, args.image_size // 8
+            sigma = (torch.randn(n, size, device=self.device) * args.p_std + args.p_mean).exp()
+            sigma = sigma.clamp(*args.sigma_train)  # [n, B]
+            noise = torch.randn(n, size, args.encoder_channels[-1], h, h, device=self.device)
+            feed_own = torch.rand((), device=self.device) < 0.5  # a fair coin per batch [P]
+            loss, logs = self.world_model_loss(self.agent, batch, sigma, noise, feed_own)
+        else:
+            with torch.no_grad():
+                z = self.agent.encoder(batch.obs)  # [B, L, C, h, w]
+            randomness = imagination_noise(args, size, self.agent.num_actions, self.device)
+            rollout = imagine(self.agent, z, batch.act, batch.real, *randomness, step=self.imagine_step)
+            loss, logs = self.actor_critic_loss(self.agent, rollout)
         self.optimizers[phase].zero_grad()
         loss.backward()
         groups = self.optimizers[phase].param_groups
@@ -967,31 +840,22 @@ class Trainer:
     def refresh(self) -> None:
         """The encoder's statistics over 20 batches, from a generator of its own: doing it twice changes nothing."""
         generator, encoder = torch.Generator(self.device).manual_seed(self.epoch), self.agent.encoder
-        batches = (self.segments(generator) for _ in range(20))
+        batches = (self.batch("world_model", generator) for _ in range(20))
         statistics = zip(*(encoder.statistics(encoder.features(batch.obs), batch.real) for batch in batches))
         for buffer, values in zip((encoder.mean, encoder.std), statistics):
             buffer.copy_(torch.stack(values).mean(0))
 
-    def measure(self) -> dict[str, float]:
-        """Imagination on the steps that this epoch collected, at most the newest 1,000, which no update has seen yet."""
-        generator, args = torch.Generator(self.device).manual_seed(self.epoch), self.args
-        newest = (
-            min(1000, self.done["collect"] - self.amount("collect", self.epoch - 1)) + 1
-        )  # the last frame has no action yet
-        batch = self.buffer.sample(64, args.num_conditioning_steps - 1, args.horizon + 1, generator, newest)
-        return measure(self.agent, batch, *imagination_noise(args, 64, self.agent.num_actions, self.device, generator))
-
     def state_dict(self) -> dict:
-        state = {"agent": self.agent.state_dict(), "replay": self.buffer.state_dict()}
+        state = {"agent": self.agent.state_dict(), "replay": self.buffer.state_dict(), "rng": self.random.get_rng_state()}
         state["optimizers"] = {phase: optimizer.state_dict() for phase, optimizer in self.optimizers.items()}
-        return state | {"rng": self.random.get_rng_state()} | {name: getattr(self, name) for name in self.COUNTERS}
+        return state | {name: getattr(self, name) for name in self.COUNTERS}
 
     def load_state_dict(self, state: dict) -> None:
         self.agent.load_state_dict(state["agent"])
         self.buffer.load_state_dict(state["replay"])
+        self.random.set_rng_state(state["rng"])
         for phase, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][phase])
-        self.random.set_rng_state(state["rng"])
         for name in self.COUNTERS:
             setattr(self, name, state[name])
 
@@ -999,9 +863,7 @@ class Trainer:
 @torch.no_grad()
 def evaluate_policy(agent: Agent, env_id: str, num_episodes: int, seed: int, progress=lambda done: None) -> dict[str, list]:
     """Plays full games with the sampled policy, epsilon 0: {"returns": unclipped, "lengths": agent steps}, one per game.
-
-    One environment a game, all played at once: no bias to short ones. progress(games done) is called after every step.
-    """
+    One environment a game, all played at once: no bias to short ones. progress(games done) is called after every step."""
     device, games = next(agent.parameters()).device, [None] * num_episodes
     envs = [make_env(env_id, seed + i, agent.args.image_size) for i in range(num_episodes)]
     obs, state, generator = np.stack([env.reset()[0] for env in envs]), None, torch.Generator(device).manual_seed(seed)
@@ -1027,130 +889,110 @@ def resolve_device(name: str) -> torch.device:
         raise UsageError(f"--device {name}: not available here; use --device cpu ({str(error).splitlines()[0]})") from None
 
 
-def write_json(path: pathlib.Path, content: dict) -> None:
-    """Atomic: the file is the old one or the new one, never half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1))
-    os.replace(temporary, path)
-
-
-def make_result(args: Args, evaluation: dict, global_step: int, wall_time_s: float, **protocol) -> dict:
-    """The content of result.json: scores and everything that tells with what they may be compared."""
-    try:
-        command = ["git", "-C", str(SCRIPT.parent), "describe", "--always", "--dirty", "--abbrev=40"]
-        revision = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git on this machine
-        revision = ""
-    spec, returns = gym.spec(full_id(args.env_id).rpartition(":")[2]), evaluation["returns"]
-    noops, skip = (NOOP_MAX, FRAME_SKIP) if str(spec.entry_point).startswith("ale_py") else (0, 1)
-    gpu = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else ""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "ale-py", "numpy")}
-    versions |= {"python": platform.python_version(), "device_name": gpu or platform.machine()}
-    protocol |= {
-        "episodes": len(returns), "policy": "sampled", "temperature": 1.0, "epsilon": 0.0, "noop_max": noops,
-        "frame_skip": skip, "sticky_actions": spec.kwargs.get("repeat_action_probability", 0.0), "checkpoint": "last",
-        "life_loss_ends_episode": False, "reward_clipping": False,
-    }  # fmt: skip
-    return {
-        "env_id": full_id(args.env_id), "game": game_name(args.env_id), "exp_name": args.exp_name, "seed": args.seed,
-        "preset": args.preset, **evaluation, "mean_return": float(np.mean(returns)), "std_return": float(np.std(returns)),
-        "protocol": protocol, "global_step": global_step, "wall_time_s": wall_time_s,
-        "git_revision": revision or "unknown", "device": args.device, "versions": versions,
-    }  # fmt: skip
-
-
-def save_checkpoint(path: pathlib.Path, state: dict) -> None:
-    """Writes beside the previous checkpoint and replaces it only when the new one is on disk, whole."""
+def write(path: pathlib.Path, save) -> None:
+    """save(file) goes beside the old file and replaces it only when it is on disk, whole."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            save(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
-        kept = "the previous one is intact: free space, then run the same command" if path.exists() else "free space first"
-        raise UsageError(f"{path}: could not write the checkpoint ({str(error).splitlines()[0]}); {kept}") from None
+        what, kept = str(error).splitlines()[0], "; the previous one is intact" * path.exists()
+        raise UsageError(f"{path}: cannot be written ({what}){kept}; make room, then run the same command") from None
+
+
+def write_json(path: pathlib.Path, content: dict) -> None:
+    write(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
+
+
+def make_result(args: Args, evaluation: dict, global_step: int, wall_time_s: float, **protocol) -> dict:
+    """The content of result.json: scores and everything that tells with what they may be compared."""
+    spec, returns = gym.spec(args.env_id.rpartition(":")[2]), evaluation["returns"]
+    atari = str(spec.entry_point).startswith("ale_py")
+    protocol |= {
+        "episodes": len(returns), "policy": "sampled", "temperature": 1.0, "epsilon": 0.0, "noop_max": NOOP_MAX * atari,
+        "frame_skip": FRAME_SKIP if atari else 1, "sticky_actions": spec.kwargs.get("repeat_action_probability", 0.0),
+        "checkpoint": "last", "life_loss_ends_episode": False, "reward_clipping": False,
+    }  # fmt: skip
+    versions = {package.__name__: package.__version__ for package in (torch, gym, ale_py, np)}
+    return {
+        "env_id": args.env_id, "game": game_name(args.env_id), "exp_name": args.exp_name, "seed": args.seed,
+        "preset": args.preset, **evaluation, "mean_return": float(np.mean(returns)), "std_return": float(np.std(returns)),
+        "protocol": protocol, "global_step": global_step, "wall_time_s": wall_time_s, "device": args.device,
+        "versions": versions | {"python": platform.python_version(), "machine": platform.machine()},
+    }  # fmt: skip
 
 
 def load_checkpoint(run_dir: pathlib.Path) -> dict:
-    """Raises UsageError if the checkpoint is missing, truncated or of another version."""
-    path = pathlib.Path(run_dir, "ckpt.pt")
-    if not path.exists():
-        raise UsageError(f"{path}: no checkpoint there; name a run directory like runs/Breakout__jedi__1")
+    """The state of a trainer, and about the run. Raises UsageError unless there is a whole one."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return state | {"args": Args(**state["args"])}
-    except TypeError:
-        raise UsageError(f"{path}: written by another version of {SCRIPT.name}; use the copy of it in {run_dir}") from None
+        return torch.load(pathlib.Path(run_dir, "ckpt.pt"), map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = f"truncated, or not a checkpoint ({type(error).__name__})"
-        raise UsageError(f"{path}: {reason}; restore a copy, or delete it to start anew") from None
+        what = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise UsageError(f"{run_dir}/ckpt.pt: no whole checkpoint there ({what}); restore or delete it") from None
 
 
 def load_agent(run_dir: pathlib.Path, device: str = "auto") -> tuple[Args, Agent, ReplayBuffer]:
     """A run's args, agent, and replay (empty where the checkpoint holds the weights alone). Raises UsageError."""
     state, device = load_checkpoint(run_dir), resolve_device(device)
-    args = dataclasses.replace(state["args"], device=str(device))
-    agent, buffer = Agent(args, state["num_actions"]).to(device).eval(), ReplayBuffer(0, args.image_size, device)
     try:
+        args = Args(**state["args"] | {"device": str(device)})
+        agent, buffer = Agent(args, state["num_actions"]).to(device).eval(), ReplayBuffer(0, args.image_size, device)
         agent.load_state_dict(state["agent"])
-    except RuntimeError as error:
-        raise UsageError(f"{run_dir}: {str(error).splitlines()[-1].strip()}; use the script that is in there") from None
+    except (TypeError, RuntimeError) as error:
+        what = str(error).splitlines()[-1].strip()
+        raise UsageError(f"{run_dir}: made by another {SCRIPT.name} than this ({what}); use the one in there") from None
     if "replay" in state:
         buffer.load_state_dict(state["replay"])
     return args, agent, buffer
 
 
-def open_run(args: Args, trainer: Trainer) -> tuple[pathlib.Path, dict | None]:
-    """The run directory, new or with its checkpoint loaded into the trainer, and the result of a run that has finished.
+class Run:
+    """The directory <runs-dir>/<game>__<exp-name>__<seed>: a copy of the script, args.json, ckpt.pt, metrics.jsonl and, once
+    training has finished, result.json, which nothing else writes."""
 
-    Raises UsageError if it holds another run than the one that is asked for.
-    """
-    run_dir = pathlib.Path(args.runs_dir, f"{game_name(args.env_id)}__{args.exp_name}__{args.seed}")
-    anew, free = "change --exp-name or --seed, or delete it to start anew", "device compile runs_dir checkpoint_minutes track"
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if not (run_dir / "ckpt.pt").exists() and not (run_dir / "result.json").exists():
-            shutil.copy(SCRIPT, run_dir)
-            write_json(run_dir / "args.json", vars(args))
-        kept = json.loads((run_dir / "args.json").read_text())
-    except OSError as error:
-        raise UsageError(f"--runs-dir {args.runs_dir}: cannot write ({error.strerror}); name another directory") from None
-    for name, value in json.loads(json.dumps(vars(args))).items():
-        if kept.get(name) != value and name not in free.split():
-            raise UsageError(f"--{flag(name)} {value}: {run_dir} holds a run with {kept.get(name)}; {anew}")
-    source = run_dir / SCRIPT.name
-    if not source.exists() or source.read_bytes() != SCRIPT.read_bytes():
-        raise UsageError(f"{run_dir}: made by another script than this {SCRIPT.name}; use the one in there, or {anew}")
-    if torch.device(kept["device"]).type != trainer.device.type:
-        raise UsageError(f"--device {args.device}: {run_dir} ran on {kept['device']}; go on there, or {anew}")
-    if (run_dir / "result.json").exists():  # training writes it, and nothing else does
-        return run_dir, json.loads((run_dir / "result.json").read_text())
-    if (run_dir / "ckpt.pt").exists():
-        trainer.load_state_dict(load_checkpoint(run_dir))
-    return run_dir, None
-
-
-class Logger:
-    """metrics.jsonl always, Weights & Biases when asked for."""
-
-    def __init__(self, args: Args, run_dir: pathlib.Path, num_lines: int):
-        self.path, self.num_lines, self.wandb = run_dir / "metrics.jsonl", num_lines, None
-        lines = self.path.read_text().splitlines(keepends=True)[:num_lines] if self.path.exists() else []
-        self.path.write_text("".join(lines))  # a continued run forgets the lines after its checkpoint
+    def __init__(self, args: Args, trainer: Trainer):
+        """Goes on from its checkpoint, if there is one. Raises UsageError if it holds another run than is asked for."""
+        self.args, self.trainer, self.wandb, self.result = args, trainer, None, None
+        self.dir = pathlib.Path(args.runs_dir, f"{game_name(args.env_id)}__{args.exp_name}__{args.seed}")
+        self.dir.mkdir(parents=True, exist_ok=True)
+        begun, finished = ((self.dir / name).exists() for name in ("ckpt.pt", "result.json"))
+        script = hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
+        asked = json.loads(json.dumps(vars(args) | {"device": trainer.device.type, "script": script}))
+        if not begun and not finished:
+            shutil.copy(SCRIPT, self.dir)
+            write_json(self.dir / "args.json", asked)
+        kept = json.loads((self.dir / "args.json").read_text())
+        for name, value in asked.items():
+            if value != kept.get(name) and name not in ("compile", "runs_dir", "checkpoint_minutes", "track"):
+                other = f"--{name.replace('_', '-')} {kept.get(name)}, not {value}; change --exp-name or --seed, or delete it"
+                raise UsageError(f"{self.dir} holds a run with {other}".replace("--script", "the script"))
+        if finished:
+            self.result = json.loads((self.dir / "result.json").read_text())
+        elif begun:
+            trainer.load_state_dict(load_checkpoint(self.dir))
+            os.truncate(self.dir / "metrics.jsonl", trainer.log_size)  # forgets what was logged after the checkpoint
+        else:
+            (self.dir / "metrics.jsonl").unlink(missing_ok=True)
         if args.track:
             self.wandb = importlib.import_module("wandb")
-            self.wandb.init(project="jedi", name=run_dir.name, id=run_dir.name, resume="allow", config=vars(args), dir=run_dir)
+            self.wandb.init(project="jedi", name=self.dir.name, id=self.dir.name, resume="allow", config=vars(args))
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        with open(self.path, "a") as file:
+    def log(self, metrics: dict[str, float]) -> None:
+        step = self.trainer.done["collect"]
+        with open(self.dir / "metrics.jsonl", "a") as file:
             known = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
             print(json.dumps({"global_step": step} | known), file=file)
-        self.num_lines += 1
+        self.trainer.log_size = (self.dir / "metrics.jsonl").stat().st_size
         if self.wandb:
             self.wandb.log(metrics, step=step)
+
+    def checkpoint(self) -> None:
+        state = {"args": vars(self.args), "num_actions": self.trainer.agent.num_actions} | self.trainer.state_dict()
+        write(self.dir / "ckpt.pt", lambda file: torch.save(state, file))
 
 
 # --------------------------------------------------------------------------------------------- Main loop and command line
@@ -1160,93 +1002,82 @@ class Stop(Exception):
     def __init__(self):
         self.signal, self.previous = 0, {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def __call__(self, number, frame):
+    def __call__(self, number: int, frame) -> None:
         self.signal = number
         self.restore()
         print("\nstopping after this update, with a checkpoint (once more: at once, without one)", flush=True)
 
-    def restore(self):
+    def restore(self) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-
-def duration(seconds: float) -> str:
-    days, rest = divmod(int(seconds), 86_400)
-    return f"{days} days, " * (days > 0) + f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
-
-
-def to_go(trainer: Trainer) -> str:
-    """Until there is an actor-critic update, one is taken to last as long as one of the world model."""
-    speed, last = {phase: trainer.seconds[phase] / n for phase, n in trainer.done.items() if n}, trainer.num_epochs() - 1
-    left = {phase: trainer.amount(phase, last) - n for phase, n in trainer.done.items()}
-    if "world_model" not in speed:
-        return "time to go not known before the first update"
-    return duration(sum(n * speed.get(phase, speed["world_model"]) for phase, n in left.items())) + " to go"
+    def check(self, *_) -> None:
+        if self.signal:
+            raise self
 
 
-def train(trainer: Trainer, logger: Logger, stop: Stop, checkpoint) -> None:
-    """All epochs: collect, measure imagination, train the world model, train the actor-critic, log. checkpoint() writes one.
+def status(trainer: Trainer, phase: str, epoch: int) -> str:
+    """What is done and what remains; until there is an actor-critic update, it takes as long as one of the world model."""
+    speed, last = {name: trainer.seconds[name] / n for name, n in trainer.done.items() if n}, trainer.num_epochs() - 1
+    left = {name: trainer.amount(name, last) - n for name, n in trainer.done.items()}
+    seconds = sum(n * speed.get(name, speed.get("world_model", math.inf)) for name, n in left.items() if n)
+    to_go = datetime.timedelta(seconds=int(seconds)) if seconds < math.inf else "unknown before the first update"
+    return f"epoch {epoch + 1}/{last + 1} {phase} {trainer.done[phase]:,}/{trainer.amount(phase, epoch):,}, to go: {to_go}"
 
-    Raises UsageError at the first NaN or inf, and `stop` once a signal has come and the checkpoint is written.
-    """
-    saved = said = time.time()
-    while trainer.epoch < trainer.num_epochs():
+
+def train(trainer: Trainer, run: Run, stop: Stop) -> None:
+    """All epochs: collect, measure imagination, train the world model, train the actor-critic, log. Raises UsageError at the
+    first NaN or inf, and `stop` once a signal has come and the checkpoint is written."""
+    args, saved, said, mark = trainer.args, time.time(), time.time(), time.time()
+    while (epoch := trainer.epoch) < trainer.num_epochs():
         for phase in PHASES:
-            mark, over = time.time(), False
-            while not over:
-                amount, signalled, now = trainer.amount(phase, trainer.epoch), stop.signal, time.time()
-                over = trainer.done[phase] >= amount
-                if over or signalled or now - said > 10:
-                    trainer.seconds[phase], mark = trainer.seconds[phase] + now - mark, now
-                    place = f"epoch {trainer.epoch + 1}/{trainer.num_epochs()} {phase} {trainer.done[phase]:,}/{amount:,}"
+            while trainer.done[phase] < trainer.amount(phase, epoch):
+                if game := trainer.advance(phase):
+                    trainer.returns = [*trainer.returns, float(game["r"])][-10:]
+                    run.log({"charts/episodic_return": float(game["r"]), "charts/episodic_length": int(game["l"])})
+                signalled, now = stop.signal, time.time()
+                trainer.seconds[phase], mark = trainer.seconds[phase] + now - mark, now
+                if signalled or now - said > 10 or trainer.done[phase] == trainer.amount(phase, epoch):
                     for key, value in trainer.sums[phase].items():
                         if not torch.isfinite(value):  # a sum never forgets it
-                            kept = "lower the learning rate; the last checkpoint, if there is one, is from before"
-                            raise UsageError(f"{key} is {float(value)} at {place}, or shortly before: {kept}")
-                    if now - said > 10:
-                        print(f"  {place}, {to_go(trainer)}", flush=True)
-                        said = now
-                    if signalled or now - saved > 60 * trainer.args.checkpoint_minutes:
-                        checkpoint()
-                        saved = now
-                    if signalled:
-                        raise stop
-                elif game := trainer.advance(phase):
-                    trainer.returns = [*trainer.returns, float(game["r"])][-10:]
-                    lines = {"charts/episodic_return": float(game["r"]), "charts/episodic_length": int(game["l"])}
-                    logger.log(trainer.done["collect"], lines)
+                            place = f"{status(trainer, phase, epoch)}, or shortly before"
+                            raise UsageError(f"{key} is {float(value)} at {place}; lower the learning rate")
+                if now - said > 10:
+                    print(f"  {status(trainer, phase, epoch)}", flush=True)
+                    said = now
+                if signalled or now - saved > 60 * args.checkpoint_minutes:
+                    run.checkpoint()
+                    saved = now
+                if signalled:
+                    raise stop
             if phase == "collect":
-                trainer.first_steps = trainer.first_steps or trainer.done["collect"]
+                trainer.first_steps = trainer.first_steps or trainer.done[phase]
                 if not trainer.done["world_model"]:
                     trainer.refresh()
-                if not trainer.measured and trainer.done["collect"] > trainer.amount("collect", trainer.epoch - 1):
-                    trainer.measured = trainer.measure()
+                new = trainer.done[phase] - trainer.amount(phase, epoch - 1)
+                if new and not trainer.measured:  # on at most the newest 1,000 steps, which no update has seen
+                    generator = torch.Generator(trainer.device).manual_seed(epoch)
+                    newest = min(1000, new) + 1  # the last frame has no action yet
+                    batch = trainer.buffer.sample(64, args.num_conditioning_steps - 1, args.horizon + 1, generator, newest)
+                    noise = imagination_noise(args, 64, trainer.agent.num_actions, trainer.device, generator)
+                    trainer.measured = measure(trainer.agent, batch, *noise)
             elif phase == "world_model":
                 trainer.refresh()
-        finish_epoch(trainer, logger)
-
-
-def finish_epoch(trainer: Trainer, logger: Logger) -> None:
-    """Logs the epoch's means and measurements, prints its line, and warns of a world model that is none."""
-    metrics, epoch = dict(trainer.measured), trainer.epoch
-    for phase, sums in trainer.sums.items():
-        updates = trainer.done[phase] - trainer.amount(phase, epoch - 1)
-        metrics |= {key: float(value) / updates for key, value in sums.items()}
-    trainer.epoch, trainer.measured, trainer.sums = epoch + 1, {}, {phase: {} for phase in PHASES}
-    metrics |= {"charts/epoch": trainer.epoch, "charts/hours": sum(trainer.seconds.values()) / 3600}
-    metrics |= {f"time/{phase}": seconds for phase, seconds in trainer.seconds.items()}
-    logger.log(trainer.done["collect"], metrics)
-    keys = "losses/denoising", "world_model/error_1", "world_model/reward_accuracy_nonzero"
-    loss, error, found = (metrics.get(key, math.nan) for key in keys)
-    place = f"epoch {trainer.epoch}/{trainer.num_epochs()} step {trainer.done['collect']:,}"
-    recent = f"return {np.mean(trainer.returns or math.nan):.2f}"
-    print(f"{place} {recent} | loss {loss:.2f} error {error:.2f} rewards found {found:.2f} | {to_go(trainer)}", flush=True)
-    change = metrics.get("latent/change_rms", math.inf)
-    trainer.initial_change = trainer.initial_change or change
-    if epoch and error > 1:
-        print("warning: one step ahead imagination is worse than 'no change': the policy learns from a wrong world")
-    if change < trainer.initial_change / 10:
-        print("warning: what moves in the latent has shrunk to a tenth of what it was: the encoder is collapsing")
+        metrics = trainer.measured | {f"time/{phase}": seconds for phase, seconds in trainer.seconds.items()}
+        for phase, sums in trainer.sums.items():
+            updates = trainer.done[phase] - trainer.amount(phase, epoch - 1)
+            metrics |= {key: float(value) / updates for key, value in sums.items()}
+        trainer.epoch, trainer.measured, trainer.sums = epoch + 1, {}, {phase: {} for phase in PHASES}
+        run.log(metrics | {"charts/epoch": epoch + 1, "charts/hours": sum(trainer.seconds.values()) / 3600})
+        error, found = (metrics.get(f"world_model/{key}", math.nan) for key in ("error_1", "rewards_found"))
+        returns = f"step {trainer.done['collect']:,} return {np.mean(trainer.returns or math.nan):.2f}"
+        print(f"{status(trainer, phase, epoch)} | {returns} error {error:.2f} rewards found {found:.2f}", flush=True)
+        change = metrics.get("latent/change_rms", math.inf)
+        trainer.initial_change = trainer.initial_change or change
+        if epoch and error > 1:
+            print("warning: one step ahead imagination is worse than 'no change': the policy learns from a wrong world")
+        if change < trainer.initial_change / 10:
+            print("warning: what moves in the latent has shrunk to a tenth of what it was: the encoder is collapsing")
 
 
 def main(args: Args) -> dict:
@@ -1262,52 +1093,38 @@ def main(args: Args) -> dict:
         # glibc gives every freed block over 32 MiB back to the system, which then zeroes its pages anew: keep them instead
         libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
-    if args.track and not importlib.util.find_spec("wandb"):
-        raise UsageError("--track needs wandb: pip install wandb, or drop the flag")
-    num_actions = int(make_env(args.env_id, args.seed, args.image_size).action_space.n)
-    print(f"{full_id(args.env_id)}, preset {args.preset}, seed {args.seed}, device {device}", flush=True)
-    if sticky := gym.spec(full_id(args.env_id).rpartition(":")[2]).kwargs.get("repeat_action_probability"):
+    env = make_env(args.env_id, args.seed, args.image_size)
+    if sticky := env.spec.kwargs.get("repeat_action_probability"):
         print(f"warning: {args.env_id} repeats the last action with probability {sticky}: its scores are not Atari 100k")
     if args.preset == "paper" and device.type == "cpu":
         print("warning: the paper preset takes weeks on a CPU; --preset small takes minutes")
-    trainer = Trainer(args, num_actions, device)
-    run_dir, finished = open_run(args, trainer)
-    if finished:
-        print(f"{run_dir} has finished: score {finished['mean_return']:.2f}. For another run change --seed or --exp-name")
-        return finished
-    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in trainer.agent.named_children()}
-    print("parameters: " + ", ".join(f"{name} {n:,}" for name, n in sizes.items()) + f", in all {sum(sizes.values()):,}")
-    print(f"plan: {args.total_steps:,} steps, {trainer.num_epochs():,} epochs, {args.eval_episodes} games; in {run_dir}")
-    logger, stop, seed, mark = Logger(args, run_dir, trainer.log_lines), Stop(), args.seed + 10_000, time.time()
-
-    def checkpoint() -> None:
-        trainer.log_lines = logger.num_lines
-        about = {"args": vars(args), "num_actions": num_actions}
-        save_checkpoint(run_dir / "ckpt.pt", about | trainer.state_dict())
-
-    def progress(games: int) -> None:
-        nonlocal mark
-        if time.time() - mark > 10:
-            mark = time.time()
-            print(f"  final score: {games}/{args.eval_episodes} games played", flush=True)
-        if stop.signal:
-            raise stop
-
+    trainer = Trainer(args, int(env.action_space.n), device)
+    run, seed = Run(args, trainer), args.seed + 10_000
+    if run.result:
+        print(f"{run.dir} has finished: score {run.result['mean_return']:.2f}. For another run change --seed or --exp-name")
+        return run.result
+    sizes = {name: sum(p.numel() for p in network.parameters()) for name, network in trainer.agent.named_children()}
+    about = f"{args.preset} preset, {device}, {args.total_steps:,} steps, {trainer.num_epochs():,} epochs"
+    print(f"{run.dir}: {about}, parameters", ", ".join(f"{name} {n:,}" for name, n in sizes.items()), flush=True)
+    stop = Stop()
     try:
-        train(trainer, logger, stop, checkpoint)
-        checkpoint()
+        train(trainer, run, stop)
+        run.checkpoint()
+        print(f"playing {args.eval_episodes} games for the score", flush=True)
         start = time.time()
-        evaluation = evaluate_policy(trainer.agent, args.env_id, args.eval_episodes, seed, progress)
+        evaluation = evaluate_policy(trainer.agent, args.env_id, args.eval_episodes, seed, stop.check)
     finally:
         stop.restore()
     seconds = sum(trainer.seconds.values()) + time.time() - start
     result = make_result(args, evaluation, trainer.done["collect"], seconds, eval_seed=seed)
-    write_json(run_dir / "result.json", result)
-    mean, std = result["mean_return"], result["std_return"]
-    logger.log(trainer.done["collect"], {"eval/episodic_return": mean, "eval/episodic_return_std": std})
-    print(
-        f"score {mean:.2f} +- {std:.2f} (std over {args.eval_episodes} full games), {duration(seconds)}; {run_dir}", flush=True
-    )
+    write_json(run.dir / "result.json", result)
+    mean, std, spent = result["mean_return"], result["std_return"], datetime.timedelta(seconds=int(seconds))
+    run.log({"eval/episodic_return": mean, "eval/episodic_return_std": std})
+    print(f"score {mean:.2f} +- {std:.2f} (std over {args.eval_episodes} full games), {spent}; {run.dir}", flush=True)
+    with contextlib.suppress(ImportError, KeyError):  # evaluate.py may be elsewhere, and a toy is not in its table
+        random, human, *_ = importlib.import_module("evaluate").SCORES[result["game"]]
+        share = f"{(mean - random) / (human - random):.0%} of the way"
+        print(f"random play scores {random}, a human {human}: {share}. Minutes teach little of an Atari game: see README.md")
     return result
 
 
@@ -1326,12 +1143,12 @@ def cli(argv: list[str] | None = None) -> int:
     try:
         main(parse_args(argv))
         return 0
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UsageError, NotImplementedError) as error:  # the latter: Apple's MPS lacks some operations
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+    except ImportError as error:  # --track without wandb
+        print(f"error: {error}: pip install {error.name}", file=sys.stderr)
     except OSError as error:  # a full disk while logging, a directory taken away
         print(f"error: {error.filename}: {error.strerror}; mend that, then run the same command", file=sys.stderr)
-    except NotImplementedError as error:  # Apple's MPS lacks some operations
-        print(f"error: {str(error).splitlines()[0]}; use --device cpu, or set PYTORCH_ENABLE_MPS_FALLBACK=1", file=sys.stderr)
     except Stop as stop:
         print(f"stopped, with a checkpoint; the same command goes on from there: python {shlex.join(sys.argv)}")
         return 128 + stop.signal

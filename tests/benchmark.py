@@ -56,8 +56,12 @@ def diffusion_loss(agent, batch, sigma, noise, feed_own):
 
 
 def reward_end_loss(agent, batch, *noise):
-    z = agent.encoder(batch.obs, batch.real)  # [B, L+H+1, C, h, w]
-    return sum(agent.reward_end.loss(z, batch)), {}
+    z = agent.encoder(batch.obs, batch.real)  # [B, T, C, h, w]
+    act, rew, end, step = (x[:, :-1] for x in (batch.act, batch.rew, batch.end, batch.step))  # [B, T-1]
+    rew_logits, end_logits, _ = agent.reward_end(z[:, :-1], act, z[:, 1:], step)
+    pairs = (rew_logits, rew.long() + 1), (end_logits, end)
+    losses = [torch.nn.functional.cross_entropy(x.transpose(1, 2), target, reduction="none") for x, target in pairs]
+    return sum(jedi.masked_mean(loss, step) for loss in losses), {}
 
 
 def prepare(phase: str, args: jedi.Args, device: torch.device):
@@ -65,15 +69,15 @@ def prepare(phase: str, args: jedi.Args, device: torch.device):
     rng, num_actions = np.random.default_rng(0), int(jedi.make_env(args.env_id, 0, args.image_size).action_space.n)
     trainer = jedi.Trainer(args, num_actions, device)
     frames = rng.integers(0, 256, (501, 3, args.image_size, args.image_size), dtype=np.uint8)
-    trainer.buffer.begin_episode(frames[0])
+    trainer.buffer.add(frames[0])
     for frame in frames[1:]:
-        trainer.buffer.add(int(rng.integers(num_actions)), float(rng.integers(-1, 2)), False, frame)
+        trainer.buffer.add(frame, int(rng.integers(num_actions)), float(rng.integers(-1, 2)))
     if phase == "collect_step":
         return lambda: trainer.advance("collect")
     if phase == "actor_critic_update":
         return lambda: trainer.advance("actor_critic")
     if phase == "imagined_step":
-        batch, agent = trainer.contexts(), trainer.agent
+        batch, agent = trainer.batch("actor_critic"), trainer.agent
         z, (noise, gumbels) = agent.encoder(batch.obs), jedi.imagination_noise(args, args.batch_size, num_actions, device)
         states = [(torch.zeros(args.batch_size, args.lstm_dim, device=device),) * 2 for _ in range(2)]
         inputs = z.detach(), batch.act[:, :-1], *states, noise[0], gumbels[0]
@@ -154,14 +158,10 @@ def projection(args: jedi.Args, phases: dict, mode: str) -> tuple[float, float]:
     """Seconds of one later epoch and hours of a whole run at the preset's schedule, without measurements and final games."""
     modes = {"collect_step": "eager", "joint_update": mode, "actor_critic_update": mode}  # acting is always eager
     cost = {name: phases[name][mode]["median_s"] for name, mode in modes.items()}
-    epochs = -(-(args.total_steps - args.first_collect_steps) // args.steps_per_epoch) + args.final_epochs
-    updates = {
-        "joint_update": args.first_world_model_updates + epochs * args.world_model_updates,
-        "actor_critic_update": args.first_actor_critic_updates + epochs * args.actor_critic_updates,
-        "collect_step": args.total_steps,
-    }
-    epoch = {"joint_update": args.world_model_updates, "actor_critic_update": args.actor_critic_updates}
-    epoch["collect_step"] = args.steps_per_epoch
+    plan = {"joint_update": args.world_model_updates, "actor_critic_update": args.actor_critic_updates}  # first epoch, later
+    epochs = -(-(args.total_steps - args.collect_steps[0]) // args.collect_steps[1]) + args.final_epochs
+    updates = {name: first + epochs * later for name, (first, later) in plan.items()} | {"collect_step": args.total_steps}
+    epoch = {name: later for name, (_, later) in plan.items()} | {"collect_step": args.collect_steps[1]}
     return sum(cost[k] * n for k, n in epoch.items()), sum(cost[k] * n for k, n in updates.items()) / 3600
 
 

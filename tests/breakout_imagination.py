@@ -40,7 +40,7 @@ class ProbeArgs(jedi.Args):
 def record(num_steps: int, seed: int, args: jedi.Args, device: torch.device, branch: bool):
     """Plays a half random, half ball-following policy. Returns the replay, the RAM [slots, 3] and, with `branch`, for every
     20th step the slot and the paddle after 5 x LEFT and 5 x RIGHT [N, 3]."""
-    env, rng = jedi.make_env("Breakout", seed, args.image_size), np.random.default_rng(seed)
+    env, rng = jedi.make_env("BreakoutNoFrameskip-v4", seed, args.image_size), np.random.default_rng(seed)
     ale, buffer = env.unwrapped.ale, jedi.ReplayBuffer(num_steps, args.image_size, device, args.recency_weights)
     ram = lambda: [int(ale.getRAM()[address]) for address in RAM.values()]  # noqa: E731
     rams, branches, game_over, end = [], [], True, True
@@ -49,7 +49,7 @@ def record(num_steps: int, seed: int, args: jedi.Args, device: torch.device, bra
             obs, info = env.reset()
         if end:
             lives = info["lives"]
-            buffer.begin_episode(obs)
+            buffer.add(obs)
             rams.append(ram())
         paddle, ball_x, ball_y = rams[-1]
         if branch and step % 20 == 0 and ball_y:
@@ -63,7 +63,7 @@ def record(num_steps: int, seed: int, args: jedi.Args, device: torch.device, bra
         follow = FIRE if ball_y == 0 else LEFT if ball_x < paddle - 4 else RIGHT if ball_x > paddle + 4 else NOOP
         action = int(rng.integers(4)) if rng.random() < 0.5 else follow
         obs, reward, terminated, truncated, info = env.step(action)
-        buffer.add(action, reward, terminated or info["lives"] < lives, obs)
+        buffer.add(obs, action, reward, terminated or info["lives"] < lives)
         rams.append(ram())
         game_over = terminated or truncated
         end = game_over or info["lives"] < lives
@@ -144,7 +144,7 @@ def main(args: ProbeArgs) -> list[dict]:
     jedi.check_args(args)
     device = jedi.resolve_device(args.device)
     # the learning rate stays as it is: all updates come before its decay
-    args = dataclasses.replace(args, first_world_model_updates=args.updates, lr_decay=0.0)
+    args = dataclasses.replace(args, world_model_updates=(args.updates, 0), lr_decay=0.0)
     args = dataclasses.replace(args, bf16=device.type == "cuda" if args.bf16 is None else args.bf16)
     trainer = jedi.Trainer(args, 4, device)
     train = record(args.frames, args.seed, args, device, False)

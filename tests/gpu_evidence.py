@@ -23,8 +23,8 @@ sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
 
 SCHEDULE = (
-    "--steps-per-epoch 500 --world-model-updates 60 --actor-critic-updates 60 --first-world-model-updates 3000 "
-    "--first-actor-critic-updates 1500 --final-epochs 0 --lr-decay 0.3 --eval-episodes 20 --checkpoint-minutes 4"
+    "--collect-steps 5000 500 --world-model-updates 3000 60 --actor-critic-updates 1500 60 --final-epochs 0 --lr-decay 0.3 "
+    "--eval-episodes 20 --checkpoint-minutes 4"
 )
 
 

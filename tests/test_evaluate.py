@@ -613,16 +613,14 @@ class ReplayBuffer:
         self.act, self.episode = (torch.zeros(len(self.obs), dtype=torch.long) for _ in range(2))
         self.rew, self.end = torch.zeros(len(self.obs)), torch.zeros(len(self.obs), dtype=torch.bool)
         self.size = self.num_steps = self.episodes = 0
-    def begin_episode(self, obs):
-        self.episodes += 1
-        self.append(obs)
-    def append(self, obs):
+    def add(self, obs, act=None, rew=0.0, end=False):
+        if act is None:
+            self.episodes += 1
+        else:
+            self.act[self.size - 1], self.rew[self.size - 1], self.end[self.size - 1] = act, rew, end
+            self.num_steps += 1
         self.obs[self.size], self.episode[self.size] = torch.from_numpy(obs), self.episodes
         self.size += 1
-    def add(self, act, rew, end, obs):
-        self.act[self.size - 1], self.rew[self.size - 1], self.end[self.size - 1] = act, rew, end
-        self.num_steps += 1
-        self.append(obs)
     def sample(self, batch_size, before, after, generator):
         slot = (torch.arange(before + 1 + after)[None]).expand(batch_size, -1)  # always the first episode
         real = self.episode[slot] == 1
@@ -643,9 +641,9 @@ class Trainer:
         assert args.compile is False and args.seed != Args.seed
     def collect(self):
         if self.over:
-            self.buffer.begin_episode(self.env.reset()[0])
+            self.buffer.add(self.env.reset()[0])
         obs, rew, end, truncated, _ = self.env.step(1)
-        self.buffer.add(1, rew, end, obs)
+        self.buffer.add(obs, 1, rew, end)
         self.over = end or truncated
 
 Rollout = typing.NamedTuple("Rollout", [(k, torch.Tensor) for k in ("z", "real", "act", "rew", "end")])
@@ -672,10 +670,10 @@ def load_agent(run_dir, device):
     if (run_dir / "ckpt.pt").read_text() == "replay":
         for _ in range(2):
             env = Env()
-            replay.begin_episode(env.reset()[0])
+            replay.add(env.reset()[0])
             for t in range(6):
                 obs, rew, end, trunc, _ = env.step(1)
-                replay.add(1, rew, end, obs)
+                replay.add(obs, 1, rew, end)
     return Args(), Agent(), replay
 
 def evaluate_policy(agent, env_id, num_episodes, seed, progress=None):
@@ -823,7 +821,7 @@ def test_refusals_of_looking(fork, tmp_path, capsys, monkeypatch):
     before = content(fork)
     assert "at least 1" in failure(capsys, "--checkpoint", fork, "--episodes", 0)
     assert "at least 1" in failure(capsys, "--dream", fork, tmp_path / "a.gif", "--steps", 0)
-    assert "no checkpoint there" in failure(capsys, "--checkpoint", tmp_path / "nowhere")
+    assert "no whole checkpoint there" in failure(capsys, "--checkpoint", tmp_path / "nowhere")  # so says jedi.py
     assert "must end in .png" in failure(capsys, "--imagine", fork, tmp_path / "strip.gif")
     assert "must end in .gif" in failure(capsys, "--video", "game.gif", fork)  # the two swapped
     assert "only training writes" in failure(capsys, "--checkpoint", fork, "--out", fork / "result.json")
@@ -852,8 +850,8 @@ def test_ctrl_c_ends_without_a_traceback(fork, monkeypatch, capsys):
 TINY = dict(
     env_id="tests.toy:Catch-v0", image_size=16, encoder_channels=(8, 8, 8, 4), denoiser_channels=16, cond_channels=32,
     reward_end_channels=8, lstm_dim=16, actor_critic_channels=(8, 8), horizon=3, batch_size=4, total_steps=60,
-    first_collect_steps=40, first_collect_max=40, steps_per_epoch=20, final_epochs=1, first_world_model_updates=4,
-    world_model_updates=2, first_actor_critic_updates=3, actor_critic_updates=2, eval_episodes=3, device="cpu", preset="small",
+    collect_steps=(40, 20), first_collect_max=40, final_epochs=1, world_model_updates=(4, 2), actor_critic_updates=(3, 2),
+    eval_episodes=3, device="cpu", preset="small",
 )  # fmt: skip
 
 
@@ -907,4 +905,4 @@ def test_a_truncated_checkpoint_is_told_in_one_line(trained, tmp_path, capsys):
 
     copy = shutil.copytree(trained[1], tmp_path / "copy")
     (copy / "ckpt.pt").write_bytes((copy / "ckpt.pt").read_bytes()[:1000])
-    assert "truncated" in failure(capsys, "--checkpoint", copy)
+    assert "no whole checkpoint" in failure(capsys, "--checkpoint", copy)

@@ -15,9 +15,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 import evaluate
 import jedi
 from tests.gpu_evidence import curve_of
-from tests.test_jedi import ROOT, finished, flags, make_trainer, signal_at, tiny, with_echo_for_python  # noqa: F401
+from tests.test_jedi import ROOT, finished, flags, make_trainer, signal_at, tiny, update, with_echo_for_python  # noqa: F401
 
-PHASES = {"world_model": "segments", "actor_critic": "contexts"}
+PHASES = ("world_model", "actor_critic")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -26,8 +26,8 @@ PHASES = {"world_model": "segments", "actor_critic": "contexts"}
 def update_without_content(trainer: jedi.Trainer) -> None:
     """Both updates and their replay, but the optimizer's step, on tensors without content: whatever reads a value raises."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        for phase, sample in PHASES.items():
-            trainer.gradients[phase](getattr(trainer, sample)())
+        for phase in PHASES:
+            trainer.gradients[phase](trainer.batch(phase))
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -48,7 +48,7 @@ def test_bf16_gradients_are_those_of_fp32():
     gradients = []
     for bf16 in (False, True):
         trainer = make_trainer(tiny(denoiser_channels=32, bf16=bf16))
-        logs = [trainer.gradients[phase](getattr(trainer, sample)()) for phase, sample in PHASES.items()]
+        logs = [trainer.gradients[phase](trainer.batch(phase)) for phase in PHASES]
         parameters = {name: list(network.parameters()) for name, network in trainer.agent.named_children()}
         results = [x for log in logs for x in log.values()] + [p.grad for group in parameters.values() for p in group]
         assert all(x.dtype == torch.float32 for x in results)
@@ -82,7 +82,7 @@ def test_cuda_graph_gets_new_batches_and_numbers(monkeypatch):
     fakes = {"CUDAGraph": Graph, "graph": capture, "Stream": Stream, "current_stream": Stream}
     for name, fake in (fakes | {"stream": lambda stream: contextlib.nullcontext()}).items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    trainers, sums = [make_trainer(tiny(first_world_model_updates=1000)) for _ in range(2)], []
+    trainers, sums = [make_trainer(tiny(world_model_updates=(1000, 2))) for _ in range(2)], []
     graphed = trainers[1].gradients["world_model"] = jedi.CudaGraph(trainers[1].gradients["world_model"])
     for trainer in trainers:
         torch.manual_seed(1)
@@ -101,9 +101,9 @@ def test_cuda_graphs_equal_eager():
     torch.backends.cudnn.allow_tf32 = False
     logs = []
     for compile_ in (False, True):
-        trainer = make_trainer(tiny(compile=compile_, first_world_model_updates=1000), torch.device("cuda"))
+        trainer = make_trainer(tiny(compile=compile_, world_model_updates=(1000, 2)), torch.device("cuda"))
         for phase in [*PHASES] * 6:
-            logs.append({key: float(value) for key, value in trainer.update(phase).items()})
+            logs.append({key: float(value) for key, value in update(trainer, phase).items()})
     for eager, other in zip(logs[:12], logs[12:]):
         assert other == pytest.approx(eager, rel=1e-2, abs=1e-3)
 
@@ -209,7 +209,7 @@ def test_readme_sweeps_start_every_run_once(tmp_path):
     assert [(args.preset, args.seed) for args in runs] == [("paper", 1), ("paper", 5)]
     ids = [line.split()[line.split().index("--env-id") + 1] for line in started]
     assert {jedi.game_name(env_id) for env_id in ids} == set(evaluate.SCORES)
-    assert all(gym.spec(jedi.full_id(env_id)) for env_id in set(ids))
+    assert all(gym.spec(jedi.Args(env_id).env_id) for env_id in set(ids))
 
 
 def test_evidence_reads_a_run(finished):  # noqa: F811
