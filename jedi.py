@@ -134,7 +134,7 @@ def check_args(args: Args) -> None:
     low |= dict.fromkeys(("total_steps", "first_collect_max"), args.collect_steps[0])
     high = dict.fromkeys(("gamma", "td_lambda", "lr_decay", "epsilon"), 1) | {"num_autoregressive_steps": args.horizon + 1}
     multiple = {"image_size": 8, "denoiser_channels": 8, "cond_channels": 2 * args.num_conditioning_steps}
-    for name, value in vars(args).items():
+    for name, value in ({"horizon": args.horizon} | vars(args)).items():  # the bound of another comes first
         for number in value if isinstance(value, tuple) else (value,):
             if type(number) in (int, float):
                 lo, hi = low.get(name, 1 if type(number) is int else 1e-9), high.get(name, 10**9)
@@ -799,7 +799,8 @@ class Trainer:
                 raise
             while error.__context__:  # a failing capture raises again on its way out: the first error is the cause
                 error = error.__context__
-            reason = f"compiling or capturing failed ({str(error).strip().splitlines()[0]})"
+            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            reason = f"compiling or capturing failed ({what})"
             if self.args.compile:
                 raise UsageError(f"--compile: {reason}; drop the flag") from error
             print(f"note: {reason}; going on without, which is slower", flush=True)
@@ -931,8 +932,10 @@ def load_checkpoint(run_dir: pathlib.Path) -> dict:
     try:
         return torch.load(pathlib.Path(run_dir, "ckpt.pt"), map_location="cpu", weights_only=True)
     except Exception as error:
-        what = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        raise UsageError(f"{run_dir}/ckpt.pt: no whole checkpoint there ({what}); restore or delete it") from None
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UsageError(
+            f"{run_dir}/ckpt.pt: no whole checkpoint there ({what}); restore it, delete it, or name another run"
+        ) from None
 
 
 def load_agent(run_dir: pathlib.Path, device: str = "auto") -> tuple[Args, Agent, ReplayBuffer]:
@@ -956,7 +959,8 @@ class Run:
 
     def __init__(self, args: Args, trainer: Trainer):
         """Goes on from its checkpoint, if there is one. Raises UsageError if it holds another run than is asked for."""
-        self.args, self.trainer, self.wandb, self.result = args, trainer, None, None
+        self.args, self.trainer, self.result = args, trainer, None
+        self.wandb = importlib.import_module("wandb") if args.track else None
         self.dir = pathlib.Path(args.runs_dir, f"{game_name(args.env_id)}__{args.exp_name}__{args.seed}")
         self.dir.mkdir(parents=True, exist_ok=True)
         begun, finished = ((self.dir / name).exists() for name in ("ckpt.pt", "result.json"))
@@ -974,11 +978,11 @@ class Run:
             self.result = json.loads((self.dir / "result.json").read_text())
         elif begun:
             trainer.load_state_dict(load_checkpoint(self.dir))
-            os.truncate(self.dir / "metrics.jsonl", trainer.log_size)  # forgets what was logged after the checkpoint
+            log = self.dir / "metrics.jsonl"
+            os.truncate(log, min(log.stat().st_size, trainer.log_size))  # forgets what was logged after the checkpoint
         else:
-            (self.dir / "metrics.jsonl").unlink(missing_ok=True)
-        if args.track:
-            self.wandb = importlib.import_module("wandb")
+            (self.dir / "metrics.jsonl").write_text("")
+        if self.wandb and not finished:
             self.wandb.init(project="jedi", name=self.dir.name, id=self.dir.name, resume="allow", config=vars(args))
 
     def log(self, metrics: dict[str, float]) -> None:
@@ -1037,7 +1041,8 @@ def train(trainer: Trainer, run: Run, stop: Stop) -> None:
                     run.log({"charts/episodic_return": float(game["r"]), "charts/episodic_length": int(game["l"])})
                 signalled, now = stop.signal, time.time()
                 trainer.seconds[phase], mark = trainer.seconds[phase] + now - mark, now
-                if signalled or now - said > 10 or trainer.done[phase] == trainer.amount(phase, epoch):
+                due = signalled or now - saved > 60 * args.checkpoint_minutes
+                if due or now - said > 10 or trainer.done[phase] == trainer.amount(phase, epoch):
                     for key, value in trainer.sums[phase].items():
                         if not torch.isfinite(value):  # a sum never forgets it
                             place = f"{status(trainer, phase, epoch)}, or shortly before"
@@ -1045,7 +1050,7 @@ def train(trainer: Trainer, run: Run, stop: Stop) -> None:
                 if now - said > 10:
                     print(f"  {status(trainer, phase, epoch)}", flush=True)
                     said = now
-                if signalled or now - saved > 60 * args.checkpoint_minutes:
+                if due:
                     run.checkpoint()
                     saved = now
                 if signalled:
@@ -1121,7 +1126,7 @@ def main(args: Args) -> dict:
     mean, std, spent = result["mean_return"], result["std_return"], datetime.timedelta(seconds=int(seconds))
     run.log({"eval/episodic_return": mean, "eval/episodic_return_std": std})
     print(f"score {mean:.2f} +- {std:.2f} (std over {args.eval_episodes} full games), {spent}; {run.dir}", flush=True)
-    with contextlib.suppress(ImportError, KeyError):  # evaluate.py may be elsewhere, and a toy is not in its table
+    with contextlib.suppress(ImportError, AttributeError, KeyError):  # no such file here, or a game that is no Atari game
         random, human, *_ = importlib.import_module("evaluate").SCORES[result["game"]]
         share = f"{(mean - random) / (human - random):.0%} of the way"
         print(f"random play scores {random}, a human {human}: {share}. Minutes teach little of an Atari game: see README.md")

@@ -1,6 +1,6 @@
 """Which part of the world model does the work? Each variant is jedi.py with one change, trained alone on recorded random play.
 
-    python tests/ablations.py --out results/ablations.json                        # all variants, seeds 1 2 3, 40 minutes on one core
+    python tests/ablations.py --out results/ablations.json                        # all, seeds 1 2 3: 75 minutes of one core
     python tests/ablations.py --variants full frozen --seeds 1 --updates 200      # a look, 2 minutes
     python tests/ablations.py --plot results/ablations.json results/ablations.png # needs matplotlib
 
@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--env-id", default="tests.toy:NoisyCatch-v0")
-    parser.add_argument("--updates", type=int, default=300)
+    parser.add_argument("--updates", type=int, default=600)
     parser.add_argument("--frames", type=int, default=2000)
     parser.add_argument("--out", type=pathlib.Path, help="JSON; runs that it holds already are not repeated")
     parser.add_argument("--plot", nargs=2, type=pathlib.Path, metavar=("JSON", "PNG"))

@@ -143,8 +143,7 @@ def show(m: dict) -> str:
 def main(args: ProbeArgs) -> list[dict]:
     jedi.check_args(args)
     device = jedi.resolve_device(args.device)
-    # the learning rate stays as it is: all updates come before its decay
-    args = dataclasses.replace(args, world_model_updates=(args.updates, 0), lr_decay=0.0)
+    args = dataclasses.replace(args, world_model_updates=(args.updates, 0))  # the schedule of the rates ends with them
     args = dataclasses.replace(args, bf16=device.type == "cuda" if args.bf16 is None else args.bf16)
     trainer = jedi.Trainer(args, 4, device)
     train = record(args.frames, args.seed, args, device, False)

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 import evaluate
 import jedi
+from tests import atari_cpu
 from tests.gpu_evidence import curve_of
 from tests.test_jedi import ROOT, finished, flags, make_trainer, signal_at, tiny, update, with_echo_for_python  # noqa: F401
 
@@ -221,3 +222,31 @@ def test_evidence_reads_a_run(finished):  # noqa: F811
     assert sum(mean * count for _, mean, count in curve["returns_while_collecting"]) == pytest.approx(sum(returns))
     steps = [step for step, _, _ in curve["returns_while_collecting"]]
     assert steps == [20, 40, 60, 80][: len(steps)] and curve["versions"] == result["versions"]
+
+
+def test_atari_evidence(tmp_path, monkeypatch):
+    """A run and its control, seconds each, gathered: the games, the uniform policy's own, and what tells them apart."""
+    small = flags(eval_episodes=2, total_steps=40, final_epochs=0)
+    monkeypatch.setattr(
+        atari_cpu, "FLAGS", [word for i, word in enumerate(small) if "--env-id" not in small[max(i - 1, 0) : i + 1]]
+    )
+    monkeypatch.setattr(jedi.Trainer, "batch", jedi.Trainer.batch)  # to be restored
+    drawn = []
+    sample = jedi.ReplayBuffer.sample
+    monkeypatch.setattr(
+        jedi.ReplayBuffer, "sample", lambda *inputs, **more: drawn.append(sample(*inputs, **more)) or drawn[-1]
+    )
+    for shuffled in (False, True):
+        atari_cpu.train("Breakout", 1, shuffled, str(tmp_path))
+    original = drawn[-1]
+    trained = jedi.Trainer(tiny(env_id="Breakout"), 4, torch.device("cpu"))
+    for _ in range(40):
+        trained.advance("collect")
+    batch = trained.batch("world_model")  # still the control's
+    assert not torch.equal(batch.act, drawn[-1].act) and torch.equal(batch.act.sort().values.sum(), drawn[-1].act.sum())
+    assert torch.equal(batch.obs, drawn[-1].obs) and original is not drawn[-1]
+    runs = atari_cpu.gather(tmp_path)
+    assert [run["control"] for run in runs] == [False, True]
+    for run in runs:
+        assert len(run["returns"]) == len(run["random_returns"]) == 2 and run["global_step"] == 40
+        assert run["hns"] == pytest.approx((sum(run["returns"]) / 2 - 1.7) / (30.5 - 1.7))

@@ -1,0 +1,114 @@
+"""Is an Atari game learned on one CPU core? Trains with a longer schedule than the small preset's, and gathers the evidence.
+
+    python tests/atari_cpu.py train Krull --seed 1             # half an hour or more; the same command goes on where it was
+    python tests/atari_cpu.py train Krull --seed 1 --shuffled  # the control: the world model cannot know what actions do
+    python tests/atari_cpu.py gather runs --out results/atari_cpu.json --plot results/atari_cpu.png  # plays random games, too
+
+`train` is `python jedi.py --env-id <game> --seed <seed>` with the flags below; --shuffled permutes the actions within each batch of
+the world model. `gather` reads finished runs: final full games, as many games of the uniform policy under the same protocol, the
+human-normalised score, and how many standard errors of their difference the policy is above the uniform one.
+"""
+
+import argparse
+import json
+import pathlib
+import platform
+import sys
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+import evaluate  # noqa: E402
+import jedi  # noqa: E402
+
+FLAGS = """--preset small --device cpu --total-steps 12000 --collect-steps 3000 450 --first-collect-max 3000
+    --world-model-updates 1000 120 --actor-critic-updates 200 120 --eval-episodes 30""".split()
+
+
+def train(game: str, seed: int, shuffled: bool, runs_dir: str) -> dict:
+    if shuffled:
+        batch = jedi.Trainer.batch
+
+        def permuted(self, phase, *generator):
+            drawn = batch(self, phase, *generator)
+            act = drawn.act.flatten()[torch.randperm(drawn.act.numel())].view_as(drawn.act)
+            return drawn._replace(act=act) if phase == "world_model" else drawn
+
+        jedi.Trainer.batch = permuted
+    words = ["--env-id", game, "--seed", str(seed), "--runs-dir", runs_dir, "--exp-name", "shuffled" if shuffled else "atari"]
+    return jedi.main(jedi.parse_args([*words, *FLAGS]))
+
+
+def gather(folder: pathlib.Path) -> list[dict]:
+    """One entry for each finished run below the folder."""
+    runs = []
+    for path in sorted(folder.rglob("result.json")):
+        result, args = json.loads(path.read_text()), json.loads((path.parent / "args.json").read_text())
+        if result["game"] not in evaluate.SCORES or result["exp_name"] not in ("atari", "shuffled"):
+            continue
+        args = jedi.Args(**{name: value for name, value in args.items() if name != "script"})
+        env = jedi.make_env(args.env_id, 0, args.image_size)
+        uniform = jedi.Agent(args, int(env.action_space.n))  # an untrained policy is uniform
+        random = jedi.evaluate_policy(uniform, args.env_id, len(result["returns"]), result["protocol"]["eval_seed"] + 10**6)
+        x, y = np.array(result["returns"]), np.array(random["returns"])
+        low, human = evaluate.SCORES[result["game"]][:2]
+        lines = map(json.loads, (path.parent / "metrics.jsonl").read_text().splitlines())
+        curve = [[line["global_step"], line["charts/episodic_return"]] for line in lines if "charts/episodic_return" in line]
+        error = float(np.sqrt(x.var(ddof=1) / len(x) + y.var(ddof=1) / len(y)))
+        control = result["exp_name"] == "shuffled"
+        runs.append({
+            "env_id": args.env_id, "seed": args.seed, "control": control, "returns": result["returns"],
+            "random_returns": random["returns"], "hns": float((x.mean() - low) / (human - low)),
+            "standard_errors_above_random": float((x.mean() - y.mean()) / error), "curve": curve,
+            "global_step": result["global_step"], "minutes": result["wall_time_s"] / 60,
+            "command": f"python tests/atari_cpu.py train {result['game']} --seed {args.seed}" + " --shuffled" * control,
+            "machine": f"one core, {platform.machine()}",
+        })  # fmt: skip
+        shown = f"{x.mean():.1f} in {len(x)} games, random {y.mean():.1f}, HNS {runs[-1]['hns']:.2f}"
+        print(f"{path.parent.name}: {shown}, {runs[-1]['standard_errors_above_random']:.1f} standard errors above", flush=True)
+    return runs
+
+
+def plot(runs: list[dict], path: pathlib.Path) -> None:
+    from matplotlib.figure import Figure
+
+    games = sorted({run["env_id"] for run in runs})
+    figure = Figure(figsize=(5 * len(games), 4), layout="constrained")
+    for axes, game in zip(figure.subplots(1, len(games), squeeze=False)[0], games):
+        for i, run in enumerate(run for run in runs if run["env_id"] == game):
+            steps, returns = np.array(run["curve"]).T
+            label = f"{'shuffled actions' if run['control'] else 'learned'}, seed {run['seed']}"
+            axes.plot(steps, returns, ".-", color=f"C{i}", alpha=0.4, linewidth=1)
+            axes.errorbar(run["global_step"] * 1.03, np.mean(run["returns"]), np.std(run["returns"]) / len(run["returns"]) ** 0.5,
+                          fmt="s", color=f"C{i}", capsize=3, label=label)  # fmt: skip
+            axes.axhline(np.mean(run["random_returns"]), color=f"C{i}", linestyle=":", linewidth=1)
+        axes.set(title=jedi.game_name(game), xlabel="agent steps", ylabel="return of a full game")
+        axes.legend(fontsize=8)
+    figure.suptitle("lines: training games; squares: final games; dotted: the uniform policy")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    training, gathering = commands.add_parser("train"), commands.add_parser("gather")
+    training.add_argument("game")
+    training.add_argument("--seed", type=int, default=1)
+    training.add_argument("--shuffled", action="store_true")
+    training.add_argument("--runs-dir", default="runs")
+    gathering.add_argument("folder", type=pathlib.Path)
+    gathering.add_argument("--out", type=pathlib.Path, required=True)
+    gathering.add_argument("--plot", type=pathlib.Path)
+    given = parser.parse_args()
+    if given.command == "train":
+        train(given.game, given.seed, given.shuffled, given.runs_dir)
+        return
+    runs = gather(given.folder)
+    given.out.write_text(json.dumps({"runs": runs}, indent=1))
+    if given.plot and runs:
+        plot(runs, given.plot)
+
+
+if __name__ == "__main__":
+    main()
