@@ -933,7 +933,7 @@ def load_checkpoint(run_dir: pathlib.Path) -> dict:
         return torch.load(pathlib.Path(run_dir, "ckpt.pt"), map_location="cpu", weights_only=True)
     except Exception as error:
         what = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UsageError(f"{run_dir}/ckpt.pt: no whole checkpoint there ({what}); restore it, or name another") from None
+        raise UsageError(f"{run_dir}/ckpt.pt: no whole checkpoint there ({what}); restore it or delete it") from None
 
 
 def load_agent(run_dir: pathlib.Path, device: str = "auto") -> tuple[Args, Agent, ReplayBuffer]:
