@@ -155,7 +155,9 @@ class AtariGame(gym.Wrapper):
     def reset(self, **kwargs):
         obs, info = self.env.reset(**kwargs)
         for _ in range(self.env.unwrapped.np_random.integers(1, NOOP_MAX + 1)):
-            obs, _, _, _, info = self.env.step(0)
+            obs, _, terminated, truncated, info = self.env.step(0)
+            if terminated or truncated:
+                obs, info = self.env.reset()
         return obs, info
 
     def step(self, action):
@@ -503,6 +505,14 @@ class RewardEndModel(nn.Module):
         rew_logits, end_logits = self.head(x).split((3, 2), -1)
         return rew_logits, end_logits, state
 
+    def loss(self, z: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Cross-entropies of reward and end over the recorded steps; z [B, T, C, h, w]: the latents of the batch's frames."""
+        act, rew, end, step = (x[:, :-1] for x in (batch.act, batch.rew, batch.end, batch.step))  # [B, T-1]
+        rew_logits, end_logits, _ = self(z[:, :-1], act, z[:, 1:], step)
+        rew_loss = F.cross_entropy(rew_logits.transpose(1, 2), rew.long() + 1, reduction="none")  # [B, T-1]
+        end_loss = F.cross_entropy(end_logits.transpose(1, 2), end, reduction="none")  # [B, T-1]
+        return masked_mean(rew_loss, step), masked_mean(end_loss, step)
+
 
 # --------------------------------------------------------------------------------------------------------- Actor-critic
 class ActorCritic(nn.Module):
@@ -615,10 +625,7 @@ def world_model_loss(agent: Agent, batch: Batch, sigma: Tensor, noise: Tensor, f
     z = agent.encoder(batch.obs, batch.real)  # [B, T, C, h, w]
     k = agent.args.num_conditioning_steps + agent.args.num_autoregressive_steps
     diffusion_loss = agent.denoiser.loss(z[:, :k], batch.act[:, :k], batch.real[:, :k], sigma, noise, feed_own)
-    act, rew, end, step = (x[:, :-1] for x in (batch.act, batch.rew, batch.end, batch.step))  # [B, T-1]
-    rew_logits, end_logits, _ = agent.reward_end(z[:, :-1], act, z[:, 1:], step)
-    reward_loss = masked_mean(F.cross_entropy(rew_logits.transpose(1, 2), rew.long() + 1, reduction="none"), step)
-    end_loss = masked_mean(F.cross_entropy(end_logits.transpose(1, 2), end, reduction="none"), step)
+    reward_loss, end_loss = agent.reward_end.loss(z, batch)
     logs = {"losses/denoising": diffusion_loss, "losses/reward": reward_loss, "losses/end": end_loss}
     return diffusion_loss + reward_loss + end_loss, {k: v.detach() for k, v in logs.items()}
 
@@ -890,6 +897,18 @@ def resolve_device(name: str) -> torch.device:
         raise UsageError(f"--device {name}: not available here; use --device cpu ({str(error).splitlines()[0]})") from None
 
 
+def set_up(device: torch.device) -> None:
+    """The process, for speed."""
+    torch.set_float32_matmul_precision("high")  # on CUDA, TF32 for what --bf16 leaves in float32
+    torch.backends.cudnn.benchmark = True  # shapes are fixed: try all convolution kernels once, keep the fastest
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # streams and captures live on the current device
+    if device.type == "cpu" and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        # glibc gives every freed block over 32 MiB back to the system, which then zeroes its pages anew: keep them instead
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+
+
 def write(path: pathlib.Path, save) -> None:
     """save(file) goes beside the old file and replaces it only when it is on disk, whole."""
     temporary = path.with_name(path.name + ".tmp")
@@ -1013,10 +1032,6 @@ class Stop(Exception):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    def check(self, *_) -> None:
-        if self.signal:
-            raise self
-
 
 def status(trainer: Trainer, phase: str, epoch: int) -> str:
     """What is done and what remains; until there is an actor-critic update, it takes as long as one of the world model."""
@@ -1088,14 +1103,7 @@ def main(args: Args) -> dict:
     check_args(args)
     device = resolve_device(args.device)
     args = dataclasses.replace(args, device=str(device), bf16=device.type == "cuda" if args.bf16 is None else args.bf16)
-    torch.set_float32_matmul_precision("high")  # on CUDA, TF32 for what --bf16 leaves in float32
-    torch.backends.cudnn.benchmark = True  # shapes are fixed: try all convolution kernels once, keep the fastest
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # streams and captures live on the current device
-    if device.type == "cpu" and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        # glibc gives every freed block over 32 MiB back to the system, which then zeroes its pages anew: keep them instead
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+    set_up(device)
     env = make_env(args.env_id, args.seed, args.image_size)
     if sticky := env.spec.kwargs.get("repeat_action_probability"):
         print(f"warning: {args.env_id} repeats the last action with probability {sticky}: its scores are not Atari 100k")
@@ -1109,13 +1117,21 @@ def main(args: Args) -> dict:
     sizes = {name: sum(p.numel() for p in network.parameters()) for name, network in trainer.agent.named_children()}
     about = f"{args.preset} preset, {device}, {args.total_steps:,} steps, {trainer.num_epochs():,} epochs"
     print(f"{run.dir}: {about}, parameters", ", ".join(f"{name} {n:,}" for name, n in sizes.items()), flush=True)
-    stop = Stop()
+    stop, said = Stop(), 0.0
+
+    def progress(games: int) -> None:
+        nonlocal said
+        if time.time() - said > 10:
+            print(f"  final score: {games}/{args.eval_episodes} games played", flush=True)
+            said = time.time()
+        if stop.signal:
+            raise stop
+
     try:
         train(trainer, run, stop)
         run.checkpoint()
-        print(f"playing {args.eval_episodes} games for the score", flush=True)
         start = time.time()
-        evaluation = evaluate_policy(trainer.agent, args.env_id, args.eval_episodes, seed, stop.check)
+        evaluation = evaluate_policy(trainer.agent, args.env_id, args.eval_episodes, seed, progress)
     finally:
         stop.restore()
     seconds = sum(trainer.seconds.values()) + time.time() - start

@@ -26,16 +26,20 @@ FLAGS = """--preset small --device cpu --total-steps 12000 --collect-steps 3000 
     --world-model-updates 1000 120 --actor-critic-updates 200 120 --eval-episodes 30""".split()
 
 
+draw = jedi.Trainer.batch
+
+
+def shuffled_batch(self: jedi.Trainer, phase: str, *generator) -> jedi.Batch:
+    """In the place of Trainer.batch: the world model's actions are those of other steps."""
+    batch = draw(self, phase, *generator)
+    if phase != "world_model":
+        return batch
+    return batch._replace(act=batch.act.flatten()[torch.randperm(batch.act.numel())].view_as(batch.act))
+
+
 def train(game: str, seed: int, shuffled: bool, runs_dir: str) -> dict:
     if shuffled:
-        batch = jedi.Trainer.batch
-
-        def permuted(self, phase, *generator):
-            drawn = batch(self, phase, *generator)
-            act = drawn.act.flatten()[torch.randperm(drawn.act.numel())].view_as(drawn.act)
-            return drawn._replace(act=act) if phase == "world_model" else drawn
-
-        jedi.Trainer.batch = permuted
+        jedi.Trainer.batch = shuffled_batch
     words = ["--env-id", game, "--seed", str(seed), "--runs-dir", runs_dir, "--exp-name", "shuffled" if shuffled else "atari"]
     return jedi.main(jedi.parse_args([*words, *FLAGS]))
 

@@ -14,7 +14,6 @@ counted by torch.utils.flop_counter on an eager call, and their rate is compared
 """
 
 import argparse
-import ctypes
 import dataclasses
 import json
 import multiprocessing
@@ -37,18 +36,6 @@ PHASES = ("collect_step", "world_model_update", "reward_end_update", "joint_upda
 MODES = ("eager", "compiled")
 
 
-def set_up(args: jedi.Args) -> torch.device:
-    """The process as jedi.main has it."""
-    device = jedi.resolve_device(args.device)
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-4, 0), libc.mallopt(-1, -1)  # freed memory is kept
-    return device
-
-
 def diffusion_loss(agent, batch, sigma, noise, feed_own):
     k = agent.args.num_conditioning_steps + agent.args.num_autoregressive_steps
     z = agent.encoder(batch.obs[:, :k], batch.real[:, :k])  # [B, L+n, C, h, w]
@@ -56,12 +43,7 @@ def diffusion_loss(agent, batch, sigma, noise, feed_own):
 
 
 def reward_end_loss(agent, batch, *noise):
-    z = agent.encoder(batch.obs, batch.real)  # [B, T, C, h, w]
-    act, rew, end, step = (x[:, :-1] for x in (batch.act, batch.rew, batch.end, batch.step))  # [B, T-1]
-    rew_logits, end_logits, _ = agent.reward_end(z[:, :-1], act, z[:, 1:], step)
-    pairs = (rew_logits, rew.long() + 1), (end_logits, end)
-    losses = [torch.nn.functional.cross_entropy(x.transpose(1, 2), target, reduction="none") for x, target in pairs]
-    return sum(jedi.masked_mean(loss, step) for loss in losses), {}
+    return sum(agent.reward_end.loss(agent.encoder(batch.obs, batch.real), batch)), {}
 
 
 def prepare(phase: str, args: jedi.Args, device: torch.device):
@@ -104,7 +86,8 @@ def profile(call, wait, cuda: bool) -> dict:
 
 def measure(phase: str, mode: str, args: jedi.Args, reps: int, profiled: bool) -> dict[str, float]:
     """Seconds (median, min, max), peak memory and, in eager mode, FLOPs of one call of a phase; on request its profile."""
-    device = set_up(args)
+    device = jedi.resolve_device(args.device)
+    jedi.set_up(device)
     args = dataclasses.replace(args, compile=mode == "compiled")
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     call = prepare(phase, args, device)
@@ -134,7 +117,8 @@ def measure(phase: str, mode: str, args: jedi.Args, reps: int, profiled: bool) -
 
 def matmul_gflops(args: jedi.Args) -> float:
     """The rate of a large matrix product in the trunks' type: the best of 5."""
-    device = set_up(args)
+    device = jedi.resolve_device(args.device)
+    jedi.set_up(device)
     wait, n = (torch.cuda.synchronize, 8192) if device.type == "cuda" else (lambda: None, 2048)
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if args.bf16 else torch.float32)
     seconds = []

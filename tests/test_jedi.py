@@ -27,7 +27,7 @@ import torch
 
 import evaluate
 import jedi
-from tests import ablations
+from tests import ablations, atari_cpu
 from tests.toy import Catch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -411,44 +411,44 @@ def test_imagination_follows_given_actions_and_samples_the_policy():
     assert torch.equal(other.z[:, :4], rollout.z[:, :4]) and not torch.equal(other.z[:, 4], rollout.z[:, 4])
 
 
+def segments_to_measure(*episodes: tuple[int, bool]):
+    """64 segments with what jedi.measure needs for them, and their rewards, ends and steps within the horizon."""
+    args, noise = tiny(), jedi.imagination_noise(tiny(), 64, 3, CPU)
+    agent, steps, horizon = make_agent(args), args.num_conditioning_steps, args.horizon
+    batch = filled_buffer(args, episodes).sample(64, steps - 1, horizon + 1, torch.Generator().manual_seed(0))
+    return (agent, batch, *noise), *(x[:, steps - 1 : steps - 1 + horizon] for x in (batch.rew, batch.end, batch.step))
+
+
 def test_imagined_and_real_returns_are_of_the_same_contexts(monkeypatch):
     """An imagination that is right wherever the recording is complete, and absurd elsewhere, imagines the real return."""
-    args = tiny()
-    agent, steps, horizon = make_agent(args), args.num_conditioning_steps, args.horizon
-    buffer = filled_buffer(args, episodes=((5, True), (9, False)))
-    batch = buffer.sample(64, steps - 1, horizon + 1, torch.Generator().manual_seed(0))
-    rew, end, step = (x[:, steps - 1 : steps - 1 + horizon] for x in (batch.rew, batch.end, batch.step))
+    measured, rew, end, step = segments_to_measure((5, True), (9, False))
     complete = step.all(1) | (end.bool() & step).any(1)
     assert 10 < complete.sum() < 60
-    right = torch.where(complete[:, None], rew * step, 100.0), torch.zeros(64, horizon)
+    right = torch.where(complete[:, None], rew * step, 100.0), torch.zeros(rew.shape)
     imagine = jedi.imagine
 
     def half_right(*inputs, **options):
         return imagine(*inputs, **options)._replace(rew=right[0], end=right[1])
 
     monkeypatch.setattr(jedi, "imagine", half_right)
-    logs = jedi.measure(agent, batch, *jedi.imagination_noise(args, 64, 3, CPU))
+    logs = jedi.measure(*measured)
     assert logs["world_model/return_imagined"] == pytest.approx(logs["world_model/return_real"])
     assert logs["world_model/return_real"] == pytest.approx((rew * step).sum(1)[complete].mean().item())
 
 
 def test_rewards_and_ends_are_found_at_their_own_step(monkeypatch):
     """Of an imagination in which every reward and end is right in even segments, and one step late in odd ones."""
-    args = tiny()
-    agent, steps, horizon = make_agent(args), args.num_conditioning_steps, args.horizon
-    buffer = filled_buffer(args, episodes=((5, True), (9, True)))
-    batch = buffer.sample(64, steps - 1, horizon + 1, torch.Generator().manual_seed(0))
-    rew, end, step = (x[:, steps - 1 : steps - 1 + horizon] for x in (batch.rew, batch.end, batch.step))
+    measured, rew, end, step = segments_to_measure((5, True), (9, True))
     even, imagine = (torch.arange(64) % 2 == 0)[:, None], jedi.imagine
     dreamt = [torch.where(even, x, x.roll(1, 1)) for x in (rew, end)]
     monkeypatch.setattr(jedi, "imagine", lambda *x, **y: imagine(*x, **y)._replace(rew=dreamt[0], end=dreamt[1]))
-    noise = jedi.imagination_noise(args, 64, 3, CPU)
-    logs = jedi.measure(agent, batch, *noise)
+    logs = jedi.measure(*measured)
     for name, real, imagined in (("rewards", rew, dreamt[0]), ("ends", end, dreamt[1])):
         found = [(imagined == real)[b, t].item() for b, t in ((real != 0) & step).nonzero().tolist()]
         assert 0 < np.mean(found) < 1 and logs[f"world_model/{name}_found"] == pytest.approx(np.mean(found))
     none = [(dreamt[0] == 0)[b, t].item() for b, t in ((rew == 0) & step).nonzero().tolist()]
     assert 0 < np.mean(none) < 1 and logs["world_model/no_reward_found"] == pytest.approx(np.mean(none))
+    agent, batch, *noise = measured
     logs = jedi.measure(agent, batch._replace(rew=batch.rew * 0, end=batch.end * 0), *noise)
     assert math.isnan(logs["world_model/rewards_found"]) and math.isnan(logs["world_model/ends_found"])
 
@@ -1046,7 +1046,13 @@ class FakeTime:
 
 def test_a_line_every_ten_seconds(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        clock = FakeTime(patch)
+        clock, play = FakeTime(patch), jedi.evaluate_policy
+
+        def slow_games(*inputs):
+            *inputs, progress = inputs
+            return play(*inputs, lambda done: (setattr(clock, "now", clock.now + 3), progress(done)))
+
+        patch.setattr(jedi, "evaluate_policy", slow_games)
         run(tmp_path, world_model_updates=(20, 2), actor_critic_updates=(20, 2))
     times = [now for now, _ in clock.writes]
     assert times[-1] > 300 and max(np.diff(times)) <= 10 + 3  # a line, and the update that was under way
@@ -1323,15 +1329,7 @@ def test_learns_the_toy_game(runs_dir, seed):
 @pytest.mark.slow
 def test_does_not_learn_with_shuffled_actions(runs_dir, monkeypatch):
     """The negative control: same budget, but the world model cannot know what the actions do."""
-    draw = jedi.Trainer.batch
-
-    def shuffled(self, phase, *generator):
-        batch = draw(self, phase, *generator)
-        if phase != "world_model":
-            return batch
-        return batch._replace(act=batch.act.flatten()[torch.randperm(batch.act.numel())].view_as(batch.act))
-
-    monkeypatch.setattr(jedi.Trainer, "batch", shuffled)
+    monkeypatch.setattr(jedi.Trainer, "batch", atari_cpu.shuffled_batch)
     assert jedi.main(jedi.parse_args(small(runs_dir, "Catch", 1, "shuffled")))["mean_return"] < 4
 
 
