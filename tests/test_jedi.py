@@ -315,12 +315,26 @@ def test_padding_never_enters_a_loss():
         rew=torch.where(batch.step, batch.rew, 1.0), end=torch.where(batch.step, batch.end, 1),
         act=torch.where(after, 2, batch.act),
     )  # fmt: skip
-    noise = loss_inputs(args, 64)
+    noise = *loss_inputs(args, 64), torch.randn(*batch.real.shape, *agent.encoder.mean.shape)
     same, _ = jedi.world_model_loss(agent, batch, *noise)
     changed, _ = jedi.world_model_loss(agent, other, *noise)
     torch.testing.assert_close(same, changed)
     touched = batch._replace(rew=torch.where(batch.step & (batch.rew == 1), -1.0, batch.rew))  # while real data does enter
     assert jedi.world_model_loss(agent, touched, *noise)[0] != same
+
+
+def test_reward_and_end_are_learned_from_noised_latents():
+    args = tiny()
+    agent = make_agent(args)
+    batch = filled_buffer(args).sample(64, args.num_conditioning_steps - 1, args.horizon + 1, torch.Generator().manual_seed(0))
+    blur = torch.randn(*batch.real.shape, *agent.encoder.mean.shape)
+    plain, noised = (jedi.world_model_loss(agent, batch, *loss_inputs(args, 64), x)[1] for x in (0 * blur, blur))
+    assert noised["losses/denoising"] == plain["losses/denoising"]
+    assert noised["losses/reward"] != plain["losses/reward"] and noised["losses/end"] != plain["losses/end"]
+    z = agent.encoder(batch.obs, batch.real) + args.reward_end_noise * args.sigma_data * blur
+    torch.testing.assert_close(noised["losses/reward"], agent.reward_end.loss(z, batch)[0])
+    agent.args.reward_end_noise = 0.0
+    assert jedi.world_model_loss(agent, batch, *loss_inputs(args, 64), blur)[1] == plain
 
 
 def test_lstm_ignores_padding():
@@ -1384,7 +1398,8 @@ def test_compiled_equals_eager():
     for compile_ in (False, True):
         trainer = make_trainer(dataclasses.replace(args, compile=compile_))
         agent, batch = trainer.agent, trainer.batch("world_model", torch.Generator().manual_seed(0))
-        loss, _ = trainer.world_model_loss(agent, batch, *loss_inputs(args, 4))
+        blur = torch.randn(*batch.real.shape, *agent.encoder.mean.shape, generator=torch.Generator().manual_seed(2))
+        loss, _ = trainer.world_model_loss(agent, batch, *loss_inputs(args, 4), blur)
         loss.backward()
         context = agent.encoder(batch.obs[:, :4]).detach(), batch.act[:, :4], batch.real[:, :4]
         rollout = jedi.imagine(agent, *context, *randomness, step=trainer.imagine_step)
