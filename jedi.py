@@ -1024,19 +1024,15 @@ class Run:
 
 # --------------------------------------------------------------------------------------------- Main loop and command line
 class Stop(Exception):
-    """The first Ctrl-C or SIGTERM asks for a stop after the current update; a second one kills. Raised, it says: stopped."""
+    """On the command line the first Ctrl-C or SIGTERM stops the run after the current update; a second one kills it."""
 
-    def __init__(self):
-        self.signal, self.previous = 0, {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal = 0
 
-    def __call__(self, number: int, frame) -> None:
-        self.signal = number
-        self.restore()
+    @classmethod
+    def ask(cls, number: int, frame) -> None:
+        cls.signal = number
+        signal.signal(number, signal.SIG_DFL)
         print("\nstopping after this update, with a checkpoint (once more: at once, without one)", flush=True)
-
-    def restore(self) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
 
 
 def status(trainer: Trainer, phase: str, epoch: int) -> str:
@@ -1048,9 +1044,9 @@ def status(trainer: Trainer, phase: str, epoch: int) -> str:
     return f"epoch {epoch + 1}/{last + 1} {phase} {trainer.done[phase]:,}/{trainer.amount(phase, epoch):,}, to go: {to_go}"
 
 
-def train(trainer: Trainer, run: Run, stop: Stop) -> None:
+def train(trainer: Trainer, run: Run) -> None:
     """All epochs: collect, measure imagination, train the world model, train the actor-critic, log. Raises UsageError at the
-    first NaN or inf, and `stop` once a signal has come and the checkpoint is written."""
+    first NaN or inf, and Stop once a signal has come and the checkpoint is written."""
     args, saved, said, mark = trainer.args, time.time(), time.time(), time.time()
     while (epoch := trainer.epoch) < trainer.num_epochs():
         for phase in PHASES:
@@ -1058,7 +1054,7 @@ def train(trainer: Trainer, run: Run, stop: Stop) -> None:
                 if game := trainer.advance(phase):
                     trainer.returns = [*trainer.returns, float(game["r"])][-10:]
                     run.log({"charts/episodic_return": float(game["r"]), "charts/episodic_length": int(game["l"])})
-                signalled, now = stop.signal, time.time()
+                signalled, now = Stop.signal, time.time()
                 trainer.seconds[phase], mark = trainer.seconds[phase] + now - mark, now
                 due = signalled or now - saved > 60 * args.checkpoint_minutes
                 if due or now - said > 10 or trainer.done[phase] == trainer.amount(phase, epoch):
@@ -1073,7 +1069,7 @@ def train(trainer: Trainer, run: Run, stop: Stop) -> None:
                     run.checkpoint()
                     saved = now
                 if signalled:
-                    raise stop
+                    raise Stop
             if phase == "collect":
                 trainer.first_steps = trainer.first_steps or trainer.done[phase]
                 if not trainer.done["world_model"]:
@@ -1107,6 +1103,7 @@ def train(trainer: Trainer, run: Run, stop: Stop) -> None:
 def main(args: Args) -> dict:
     """Trains, evaluates and returns the content of result.json. Raises UsageError, or Stop after a signal."""
     check_args(args)
+    Stop.signal = 0
     device = resolve_device(args.device)
     args = dataclasses.replace(args, device=str(device), bf16=device.type == "cuda" if args.bf16 is None else args.bf16)
     set_up(device)
@@ -1123,23 +1120,20 @@ def main(args: Args) -> dict:
     sizes = {name: sum(p.numel() for p in network.parameters()) for name, network in trainer.agent.named_children()}
     about = f"{args.preset} preset, {device}, {args.total_steps:,} steps, {trainer.num_epochs():,} epochs"
     print(f"{run.dir}: {about}, parameters", ", ".join(f"{name} {n:,}" for name, n in sizes.items()), flush=True)
-    stop, said = Stop(), 0.0
+    said = 0.0
 
     def progress(games: int) -> None:
         nonlocal said
         if time.time() - said > 10:
             print(f"  final score: {games}/{args.eval_episodes} games played", flush=True)
             said = time.time()
-        if stop.signal:
-            raise stop
+        if Stop.signal:
+            raise Stop
 
-    try:
-        train(trainer, run, stop)
-        run.checkpoint()
-        start = time.time()
-        evaluation = evaluate_policy(trainer.agent, args.env_id, args.eval_episodes, seed, progress)
-    finally:
-        stop.restore()
+    train(trainer, run)
+    run.checkpoint()
+    start = time.time()
+    evaluation = evaluate_policy(trainer.agent, args.env_id, args.eval_episodes, seed, progress)
     seconds = sum(trainer.seconds.values()) + time.time() - start
     result = make_result(args, evaluation, trainer.done["collect"], seconds, eval_seed=seed)
     write_json(run.dir / "result.json", result)
@@ -1165,6 +1159,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 def cli(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, Stop.ask)
     try:
         main(parse_args(argv))
         return 0
@@ -1174,11 +1170,9 @@ def cli(argv: list[str] | None = None) -> int:
         print(f"error: {error}: pip install {error.name}", file=sys.stderr)
     except OSError as error:  # a full disk while logging, a directory taken away
         print(f"error: {error.filename}: {error.strerror}; mend that, then run the same command", file=sys.stderr)
-    except Stop as stop:
+    except Stop:
         print(f"stopped, with a checkpoint; the same command goes on from there: python {shlex.join(sys.argv)}")
-        return 128 + stop.signal
-    except KeyboardInterrupt:
-        return 130
+        return 128 + Stop.signal
     return 2
 
 
