@@ -122,8 +122,8 @@ SMALL = dict(
     image_size=32, encoder_channels=(8, 16, 32, 16), encoder_lr_scale=0.1, num_autoregressive_steps=4, denoiser_channels=48,
     cond_channels=128, reward_end_channels=16, lstm_dim=128, actor_critic_channels=(16, 32), horizon=10, ent_coef=0.05,
     batch_size=24, learning_rate=7e-4, actor_critic_lr=7e-4, actor_critic_max_grad_norm=1.0, encoder_warmup_updates=300,
-    lr_decay=1.0, total_steps=6_400, collect_steps=(2_000, 400), first_collect_max=2_000, world_model_updates=(600, 40),
-    actor_critic_updates=(60, 100), final_epochs=0, eval_episodes=50,
+    lr_decay=1.0, total_steps=12_800, collect_steps=(4_000, 800), first_collect_max=4_000, world_model_updates=(600, 40),
+    actor_critic_updates=(60, 120), final_epochs=0, eval_episodes=50,
 )  # fmt: skip
 MAY_BE_ZERO = """seed checkpoint_minutes recency_weights encoder_lr_scale reward_end_noise gamma td_lambda ent_coef weight_decay
     warmup_updates encoder_warmup_updates lr_decay first_collect_rewards world_model_updates actor_critic_updates final_epochs
@@ -364,11 +364,12 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------- Encoder E: frame -> latent
 class Encoder(nn.Module):
-    """uint8 frames [..., 3, S, S] -> latents z [..., C, S/8, S/8] = C(sigma_data (x - mean) / std), C(z) = s tanh(z / s) [P].
-    x is the network's output, mean that of each position, std that of all x - mean."""
+    """uint8 frames [..., 3, S, S] -> latents z [..., C, S/8, S/8] = C(sigma_data (x - center) / scale), C(z) = s tanh(z / s) [P].
+    x is the network's output, center its median over frames, scale the median over frames of their rms distance from it."""
 
     # DEVIATES: published is z = C(x). Nothing then keeps the part of x that moves from shrinking, for a latent that stands
-    # still is the easiest to predict. So x is normalised, and the gradient sees it measured in units of its own motion.
+    # still is the easiest to predict. So x is normalised, and the gradient sees it measured in units of its own motion. By
+    # medians: on Assault the 3 % of the frames that flash would else have 99 % of the variance
 
     def __init__(self, args: Args):
         super().__init__()
@@ -379,8 +380,8 @@ class Encoder(nn.Module):
             ResBlock(c3, c3), conv3x3(c3, c3, stride=2),
             ResBlock(c3, c3), GroupNorm(c3), nn.SiLU(), conv3x3(c3, c4),
         )  # fmt: skip
-        self.register_buffer("mean", torch.zeros(c4, args.image_size // 8, args.image_size // 8))
-        self.register_buffer("std", torch.tensor(1.0))
+        self.register_buffer("center", torch.zeros(c4, args.image_size // 8, args.image_size // 8))
+        self.register_buffer("scale", torch.tensor(1.0))
 
     def features(self, obs: Tensor) -> Tensor:
         return self.net(obs.flatten(0, -4).float() / 255).contiguous().unflatten(0, obs.shape[:-3])  # x [..., C, h, w]
@@ -388,20 +389,21 @@ class Encoder(nn.Module):
     def forward(self, obs: Tensor, real: Tensor | None = None) -> Tensor:
         """With `real` [B, T], as in the world model's loss, by the batch's statistics; else by those of the last refresh."""
         x = self.features(obs)
-        mean, std, motion = self.mean, self.std, 1.0
+        center, scale, motion = self.center, self.scale, 1.0
         if real is not None:
-            mean, std = self.statistics(x, real)
+            center, scale = self.statistics(x, real)
             both = (real[:, 1:] & real[:, :-1])[..., None, None, None].expand_as(x[:, 1:])
             motion = masked_mean((x[:, 1:] - x[:, :-1]).square(), both).clamp(min=1e-12).sqrt()
             motion = motion / motion.detach()  # 1, but its gradient takes away what scaling the motion would gain
-        z = self.args.sigma_data * (x - mean) / (std * motion)
+        z = self.args.sigma_data * (x - center) / (scale * motion)
         return self.args.latent_bound * torch.tanh(z / self.args.latent_bound)
 
     def statistics(self, x: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-        """Over the real frames of x [B, T, C, h, w]: mean [C, h, w] and, without a gradient, std []."""
-        share = (real / real.sum())[..., None, None, None]  # [B, T, 1, 1, 1]
-        mean = (share * x).sum((0, 1))
-        return mean, (share * (x - mean).square()).sum((0, 1)).mean().clamp(min=1e-12).sqrt().detach()
+        """Over the real frames of x [B, T, C, h, w]: center [C, h, w] and, without a gradient, scale []."""
+        frames = torch.where(real[..., None, None, None], x, torch.nan).flatten(0, 1)  # [B * T, C, h, w]
+        center = frames.nanmedian(0).values
+        square = torch.where(real, (x - center).square().mean((2, 3, 4)), torch.nan).detach()  # [B, T]
+        return center, square.flatten().nanmedian(0).values.clamp(min=1e-12).sqrt()
 
 
 # ----------------------------------------------------- Latent diffusion dynamics D: EDM (Karras et al. 2022) on latents
@@ -856,7 +858,7 @@ class Trainer:
         generator, encoder = torch.Generator(self.device).manual_seed(self.epoch), self.agent.encoder
         batches = (self.batch("world_model", generator) for _ in range(20))
         statistics = zip(*(encoder.statistics(encoder.features(batch.obs), batch.real) for batch in batches))
-        for buffer, values in zip((encoder.mean, encoder.std), statistics):
+        for buffer, values in zip((encoder.center, encoder.scale), statistics):
             buffer.copy_(torch.stack(values).mean(0))
 
     def state_dict(self) -> dict:

@@ -32,6 +32,7 @@ NO_BOUND = [
     ("return self.args.latent_bound * torch.tanh(z / self.args.latent_bound)", "return z"),
     ("return z.clamp(-self.args.latent_bound, self.args.latent_bound)", "return z"),
 ]
+MOMENTS = [("frames.nanmedian(0).values", "frames.nanmean(0)"), ("square.flatten().nanmedian(0).values", "square.nanmean()")]
 VARIANTS = {
     "full": ("as it is", {}, []),
     "mse predictor": (
@@ -70,10 +71,10 @@ VARIANTS = {
     "no switching": ("the encoder's latent is always fed on", {}, [ALWAYS_REAL]),
     "no switching, no bound": ("and neither tanh nor clamp", {}, [ALWAYS_REAL, *NO_BOUND]),
     "published form": ("z = C(x): no normalisation", {},
-                       [("z = self.args.sigma_data * (x - mean) / (std * motion)", "z = x")]),
-    "plain batch norm": ("the gradient flows through the std instead of the motion", {},
-                         [(".clamp(min=1e-12).sqrt().detach()", ".clamp(min=1e-12).sqrt()"),
-                          ("motion = motion / motion.detach()", "motion = 1.0")]),
+                       [("z = self.args.sigma_data * (x - center) / (scale * motion)", "z = x")]),
+    "mean and variance": ("the statistics are no medians", {}, MOMENTS),
+    "plain batch norm": ("and the gradient flows through the standard deviation instead of the motion", {},
+                         [*MOMENTS, ("torch.nan).detach()", "torch.nan)"), ("motion = motion / motion.detach()", "motion = 1.0")]),
 }  # fmt: skip
 
 

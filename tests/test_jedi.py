@@ -184,7 +184,21 @@ def test_what_never_changes_is_removed():
     obs = torch.full((16, 4, 3, 16, 16), 90, dtype=torch.uint8)
     obs[..., 2:6, 2:6] = torch.randint(0, 256, (16, 4, 1, 1, 1), dtype=torch.uint8)
     z = agent.encoder(obs, torch.ones(16, 4, dtype=torch.bool))
-    assert z.mean((0, 1)).abs().max() < 0.05 and z.std().item() == pytest.approx(args.sigma_data, rel=0.1)
+    assert z.flatten(0, 1).median(0).values.abs().max() < 0.05
+    assert z.square().mean((2, 3, 4)).sqrt().median().item() == pytest.approx(args.sigma_data, rel=0.1)
+
+
+def test_frames_that_flash_do_not_hide_the_others():
+    """A few frames unlike all others: the latents of the others keep their scale."""
+    args = tiny()
+    encoder, obs = make_agent(args).encoder, torch.full((32, 4, 3, 16, 16), 90, dtype=torch.uint8)
+    obs[..., 2:6, 2:6] = torch.randint(60, 120, (32, 4, 1, 1, 1), dtype=torch.uint8)
+    obs[:4, 1] = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    flash = torch.zeros(32, 4, dtype=torch.bool)
+    flash[:4, 1] = True
+    rms = encoder(obs, torch.ones(32, 4, dtype=torch.bool)).square().mean((2, 3, 4)).sqrt()  # [32, 4]
+    assert rms[flash].min() > 3 * rms[~flash].median()
+    assert rms[~flash].median().item() == pytest.approx(args.sigma_data, rel=0.1)
 
 
 def test_refreshed_statistics_are_those_of_the_replay():
@@ -220,8 +234,8 @@ def test_every_policy_phase_begins_with_fresh_statistics(tmp_path, monkeypatch):
             held = {name: value.clone() for name, value in self.agent.encoder.named_buffers()}
             self.refresh()
             assert_equal(dict(self.agent.encoder.named_buffers()), held)
-            if not any(torch.equal(held["mean"], mean) for mean in seen):
-                seen.append(held["mean"])
+            if not any(torch.equal(held["center"], center) for center in seen):
+                seen.append(held["center"])
         return advance(self, phase)
 
     monkeypatch.setattr(jedi.Trainer, "advance", checking)
@@ -241,8 +255,8 @@ def test_a_latent_that_stands_still_wins_nothing():
     both = (batch.real[:, 1:] & batch.real[:, :-1])[..., None, None, None].expand(-1, -1, 4, 2, 2)
     motion = lambda z: (z[:, 1:] - z[:, :-1])[both].square().mean()  # noqa: E731
     x = encoder.net(batch.obs.flatten(0, 1) / 255).unflatten(0, batch.real.shape)
-    x = x - x[batch.real].mean(0)
-    plain = args.sigma_data * x / x[batch.real].square().mean().sqrt()
+    x = x - x[batch.real].median(0).values
+    plain = args.sigma_data * x / x[batch.real].square().mean((1, 2, 3)).median().sqrt()
     z = encoder(batch.obs, batch.real)
     torch.testing.assert_close(z, plain, rtol=1e-3, atol=1e-4)  # the same latents; only the gradient differs
     assert gradient_size(motion(z), encoder) < 1e-3 * gradient_size(motion(plain), encoder)
@@ -315,7 +329,7 @@ def test_padding_never_enters_a_loss():
         rew=torch.where(batch.step, batch.rew, 1.0), end=torch.where(batch.step, batch.end, 1),
         act=torch.where(after, 2, batch.act),
     )  # fmt: skip
-    noise = *loss_inputs(args, 64), torch.randn(*batch.real.shape, *agent.encoder.mean.shape)
+    noise = *loss_inputs(args, 64), torch.randn(*batch.real.shape, *agent.encoder.center.shape)
     same, _ = jedi.world_model_loss(agent, batch, *noise)
     changed, _ = jedi.world_model_loss(agent, other, *noise)
     torch.testing.assert_close(same, changed)
@@ -327,7 +341,7 @@ def test_reward_and_end_are_learned_from_noised_latents():
     args = tiny()
     agent = make_agent(args)
     batch = filled_buffer(args).sample(64, args.num_conditioning_steps - 1, args.horizon + 1, torch.Generator().manual_seed(0))
-    blur = torch.randn(*batch.real.shape, *agent.encoder.mean.shape)
+    blur = torch.randn(*batch.real.shape, *agent.encoder.center.shape)
     plain, noised = (jedi.world_model_loss(agent, batch, *loss_inputs(args, 64), x)[1] for x in (0 * blur, blur))
     assert noised["losses/denoising"] == plain["losses/denoising"]
     assert noised["losses/reward"] != plain["losses/reward"] and noised["losses/end"] != plain["losses/end"]
@@ -405,7 +419,7 @@ def test_each_phase_trains_its_own_networks():
         before = copy.deepcopy(trainer.agent.state_dict())
         trainer.advance(phase)
         changed = {name for name, value in trainer.agent.state_dict().items() if not torch.equal(value, before[name])}
-        assert {name.split(".")[0] for name in changed} == networks and not changed & {"encoder.mean", "encoder.std"}
+        assert {name.split(".")[0] for name in changed} == networks and not changed & {"encoder.center", "encoder.scale"}
 
 
 def test_imagination_follows_given_actions_and_samples_the_policy():
@@ -1398,7 +1412,7 @@ def test_compiled_equals_eager():
     for compile_ in (False, True):
         trainer = make_trainer(dataclasses.replace(args, compile=compile_))
         agent, batch = trainer.agent, trainer.batch("world_model", torch.Generator().manual_seed(0))
-        blur = torch.randn(*batch.real.shape, *agent.encoder.mean.shape, generator=torch.Generator().manual_seed(2))
+        blur = torch.randn(*batch.real.shape, *agent.encoder.center.shape, generator=torch.Generator().manual_seed(2))
         loss, _ = trainer.world_model_loss(agent, batch, *loss_inputs(args, 4), blur)
         loss.backward()
         context = agent.encoder(batch.obs[:, :4]).detach(), batch.act[:, :4], batch.real[:, :4]
