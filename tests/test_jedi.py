@@ -997,7 +997,7 @@ def test_nan_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch, updat
 
 
 def test_learning_rates_fall_to_the_real_end(tmp_path, monkeypatch):
-    """Also where the first collection took longer than planned, so that there are fewer epochs. The bonus falls alike."""
+    """Also where the first collection took longer than planned, so that there are fewer epochs. The bonus falls as the square."""
     update, rates, bonus = jedi.Trainer.update, {"world_model": [], "actor_critic": []}, []
 
     def recording(self, phase):
@@ -1013,7 +1013,7 @@ def test_learning_rates_fall_to_the_real_end(tmp_path, monkeypatch):
     for values in rates.values():
         falling = [1e-4 * (1 - k / len(values)) for k in range(len(values))]
         assert len(values) > 5 and values == pytest.approx(falling)
-    assert bonus == pytest.approx([jedi.SMALL["ent_coef"] * rate / 1e-4 for rate in rates["actor_critic"]])
+    assert bonus == pytest.approx([jedi.SMALL["ent_coef"] * (rate / 1e-4) ** 2 for rate in rates["actor_critic"]])
 
 
 def test_the_encoder_warms_up_on_its_own():

@@ -153,7 +153,7 @@ def test_benchmark_writes_its_numbers(tmp_path):
     for phase in ("collect_step", "imagined_step"):
         assert phase in out.stdout
         m = report["phases"][phase]["eager"]
-        assert 0.2 < m["profile"]["busy"] < 1.1 and len(m["profile"]["top"]) == 8
+        assert 0.02 < m["profile"]["busy"] < 1.1 and len(m["profile"]["top"]) == 8
         assert 0 < m["min_s"] <= m["median_s"] <= m["max_s"] < 60 and 0.05 < m["peak_gib"] < 10
     # by hand: 3 denoising steps x batch x h x w positions x 2 x the weights of the U-Net's convolutions, and a little more
     args = jedi.Args(**jedi.SMALL)
