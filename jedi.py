@@ -509,8 +509,12 @@ class RewardEndModel(nn.Module):
         rew_logits, end_logits = self.head(x).split((3, 2), -1)
         return rew_logits, end_logits, state
 
-    def loss(self, z: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Cross-entropies of reward and end over the recorded steps; z [B, T, C, h, w]: the latents of the batch's frames."""
+    def loss(self, z: Tensor, batch: Batch, blur: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropies of reward and end over the recorded steps; z [B, T, C, h, w]: the latents of the batch's frames,
+        blur: unit noise of that shape."""
+        # DEVIATES: R learns from noised latents. Else it reads, and teaches the encoder to write, traits too faint for the
+        # denoiser to imagine: on Catch it knew every near miss from real latents and took 84 % of the imagined ones for catches
+        z = z + self.args.reward_end_noise * self.args.sigma_data * blur
         act, rew, end, step = (x[:, :-1] for x in (batch.act, batch.rew, batch.end, batch.step))  # [B, T-1]
         rew_logits, end_logits, _ = self(z[:, :-1], act, z[:, 1:], step)
         rew_loss = F.cross_entropy(rew_logits.transpose(1, 2), rew.long() + 1, reduction="none")  # [B, T-1]
@@ -622,17 +626,15 @@ def imagine(agent: Agent, z: Tensor, act: Tensor, real: Tensor, noise: Tensor, g
 
 
 # ---------------------------- Losses: tensors in, a loss and a dict of detached tensors out. No host sync, fixed shapes
-def world_model_loss(agent: Agent, batch: Batch, sigma: Tensor, noise: Tensor, feed_own: Tensor, blur: Tensor):
+def world_model_loss(agent: Agent, batch: Batch, sigma: Tensor, noise: Tensor, feed_own: Tensor,
+                     blur: Tensor) -> tuple[Tensor, dict]:  # fmt: skip
     """Diffusion loss + reward/end loss on one batch of segments with L-1 frames before the anchor and H+1 after it. Both reach
-    the encoder. sigma, noise, feed_own: see Denoiser.loss; blur: unit noise [B, T, C, h, w]."""
+    the encoder. sigma, noise, feed_own: see Denoiser.loss; blur: see RewardEndModel.loss."""
     # DEVIATES: one batch, encoded once, feeds both losses; DIAMOND draws one for each
     z = agent.encoder(batch.obs, batch.real)  # [B, T, C, h, w]
     k = agent.args.num_conditioning_steps + agent.args.num_autoregressive_steps
     diffusion_loss = agent.denoiser.loss(z[:, :k], batch.act[:, :k], batch.real[:, :k], sigma, noise, feed_own)
-    # DEVIATES: R learns from noised latents. Else it reads, and teaches the encoder to write, traits too faint for the denoiser
-    # to imagine: on Catch it knew every near miss from real latents and took 84 % of the imagined ones for catches
-    blurred = z + agent.args.reward_end_noise * agent.args.sigma_data * blur
-    reward_loss, end_loss = agent.reward_end.loss(blurred, batch)
+    reward_loss, end_loss = agent.reward_end.loss(z, batch, blur)
     logs = {"losses/denoising": diffusion_loss, "losses/reward": reward_loss, "losses/end": end_loss}
     return diffusion_loss + reward_loss + end_loss, {k: v.detach() for k, v in logs.items()}
 

@@ -50,7 +50,7 @@ VARIANTS = {
     "frozen": ("the encoder stays as it was initialised", {"encoder_lr_scale": 0.0}, []),
     "clean rewards": ("R learns from latents without noise", {"reward_end_noise": 0.0}, []),
     "no reward gradient": ("the encoder learns from the diffusion loss alone", {},
-                           [("reward_end.loss(blurred, batch)", "reward_end.loss(blurred.detach(), batch)")]),
+                           [("reward_end.loss(z, batch, blur)", "reward_end.loss(z.detach(), batch, blur)")]),
     "ema target": (
         "the target is encoded by a moving average of the encoder (0.99)", {},
         [
@@ -132,10 +132,8 @@ def measure(jedi, trainer, fit, held_out) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
     batch = held_out.sample(512, steps - 1, args.horizon + 1, generator)
     noise = jedi.imagination_noise(args, 512, agent.num_actions, trainer.device, generator)
-    z, act = (
-        encode(batch.obs.flatten(0, 1)).unflatten(0, batch.obs.shape[:2]),
-        batch.act[:, steps - 1 : steps - 1 + args.horizon],
-    )
+    z = encode(batch.obs.flatten(0, 1)).unflatten(0, batch.obs.shape[:2])
+    act, rew, step = (x[:, steps - 1 : steps - 1 + args.horizon] for x in (batch.act, batch.rew, batch.step))  # [B, H]
     imagined = jedi.imagine(agent, z[:, :steps], batch.act[:, :steps], batch.real[:, :steps], *noise, actions=act)
     result = {k.split("/")[1]: v for k, v in jedi.measure(agent, batch, *noise).items()}
     for h in ahead:
@@ -144,11 +142,10 @@ def measure(jedi, trainer, fit, held_out) -> dict[str, float]:
         for where, latent in (("imagined", imagined.z[:, t]), ("floor", z[:, t])):
             right = (decode(latent) == truth)[good].double().mean(0).tolist()
             result |= {f"{name}_{h}_{where}": value for name, value in zip(("paddle", "ball_row", "ball_column"), right)}
-    rew, imagined_rew = batch.rew[:, steps - 1 : steps - 1 + args.horizon], imagined.rew  # [B, H]
     screen = read_screen(batch.obs[:, steps : steps + args.horizon].flatten(0, 1)).unflatten(0, rew.shape)  # [B, H, 3]
-    step, beside = batch.step[:, steps - 1 : steps - 1 + args.horizon], (screen[..., 0] - screen[..., 2]).abs() == 2  # [B, H]
+    beside = (screen[..., 0] - screen[..., 2]).abs() == 2  # [B, H]
     for name, event in (("catches_found", rew == 1), ("near_misses_found", (rew == -1) & beside)):
-        result[name] = float((imagined_rew == rew)[event & step].double().mean())
+        result[name] = float((imagined.rew == rew)[event & step].double().mean())
     state = ("paddle_1", "ball_row_1", "ball_column_1", "paddle_5", "ball_row_5", "ball_column_5")
     result["state_right"] = float(np.mean([result[f"{name}_imagined"] for name in state]))
     return result

@@ -36,14 +36,14 @@ PHASES = ("collect_step", "world_model_update", "reward_end_update", "joint_upda
 MODES = ("eager", "compiled")
 
 
-def diffusion_loss(agent, batch, sigma, noise, feed_own):
+def diffusion_loss(agent, batch, sigma, noise, feed_own, blur):
     k = agent.args.num_conditioning_steps + agent.args.num_autoregressive_steps
     z = agent.encoder(batch.obs[:, :k], batch.real[:, :k])  # [B, L+n, C, h, w]
     return agent.denoiser.loss(z, batch.act[:, :k], batch.real[:, :k], sigma, noise, feed_own), {}
 
 
-def reward_end_loss(agent, batch, *noise):
-    return sum(agent.reward_end.loss(agent.encoder(batch.obs, batch.real), batch)), {}
+def reward_end_loss(agent, batch, sigma, noise, feed_own, blur):
+    return sum(agent.reward_end.loss(agent.encoder(batch.obs, batch.real), batch, blur)), {}
 
 
 def prepare(phase: str, args: jedi.Args, device: torch.device):

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 import evaluate
 import jedi
-from tests import atari_cpu
+from tests import atari_cpu, benchmark
 from tests.gpu_evidence import curve_of
 from tests.test_jedi import ROOT, finished, flags, make_trainer, signal_at, tiny, update, with_echo_for_python  # noqa: F401
 
@@ -131,6 +131,11 @@ def test_freed_memory_is_kept(tmp_path):
     assert int(out.stdout.split()[-1]) < 40_000, out.stdout  # 163,840 otherwise; a block in ten may have to move
 
 
+@pytest.mark.parametrize("phase", benchmark.PHASES)
+def test_benchmark_runs_every_phase(phase):
+    benchmark.prepare(phase, tiny(), torch.device("cpu"))()
+
+
 def test_benchmark_writes_its_numbers(tmp_path):
     path = tmp_path / "out.json"
     command = [
@@ -153,7 +158,7 @@ def test_benchmark_writes_its_numbers(tmp_path):
     for phase in ("collect_step", "imagined_step"):
         assert phase in out.stdout
         m = report["phases"][phase]["eager"]
-        assert 0.02 < m["profile"]["busy"] < 1.1 and len(m["profile"]["top"]) == 8
+        assert 0.2 < m["profile"]["busy"] < 1.1 and len(m["profile"]["top"]) == 8
         assert 0 < m["min_s"] <= m["median_s"] <= m["max_s"] < 60 and 0.05 < m["peak_gib"] < 10
     # by hand: 3 denoising steps x batch x h x w positions x 2 x the weights of the U-Net's convolutions, and a little more
     args = jedi.Args(**jedi.SMALL)
