@@ -384,12 +384,13 @@ def look(options, command, path, picture=None):
         importlib.import_module("PIL.ImageFont")  # if it is missing, say so before the work
     run, start = Run(path, options.device, options.seed), time.time()
     if command == "checkpoint":
-        tell = lambda done, *_: print(f"\r{done}/{total} games", end="\n" * (done == total), file=sys.stderr)  # noqa: E731
-        games = run.source.evaluate_policy(run.agent, run.args.env_id, total, options.seed, tell)
+        result = run.source.evaluate_policy(run.agent, run.args.env_id, total, options.seed)
         steps = run.replay.num_steps or run.args.total_steps  # weights without their replay are those of a finished run
-        result = run.source.make_result(run.args, games, steps, time.time() - start, eval_seed=options.seed)
+        result |= {"global_step": steps, "wall_time_s": time.time() - start}
         print(f"{result['game']}, mean return {result['mean_return']:.2f} of {total} games", flush=True)
-        return out and run.source.write_json(Path(out), result)
+        if out:
+            Path(out).write_text(json.dumps(result, indent=1))
+        return
     if command != "video" and (options.fresh or not run.replay.num_steps):
         print("contexts from 600 steps of fresh games" + ", for the checkpoint holds no replay" * (not run.replay.num_steps))
         args = dataclasses.replace(run.args, seed=options.seed + 10**6, total_steps=600, compile=False)

@@ -198,10 +198,10 @@ def make_env(env_id: str, seed: int, image_size: int = 64) -> gym.Env:
     except (ImportError, gym.error.Error, ValueError) as error:
         raise UsageError(f"--env-id {env_id}: {error}") from None
     space, actions = env.observation_space, env.action_space
-    if space.dtype != np.uint8 or len(space.shape) < 2 or space.shape[2:] not in ((), (1,), (3,)):
-        raise UsageError(f"--env-id {env_id}: observations must be uint8 images [height, width, 1 or 3], not {space}")
-    if not isinstance(actions, gym.spaces.Discrete):
-        raise UsageError(f"--env-id {env_id}: actions must be Discrete, not {actions}")
+    image = space.dtype == np.uint8 and len(space.shape) > 1 and space.shape[2:] in ((), (1,), (3,))
+    if not (image and isinstance(actions, gym.spaces.Discrete)):
+        needs = "observations must be uint8 images [height, width, 1 or 3], actions Discrete"
+        raise UsageError(f"--env-id {env_id}: {needs}, not {space} and {actions}")
     rows, cols = (area_weights(n, image_size) for n in space.shape[:2])
 
     def resize(screen: np.ndarray) -> np.ndarray:
@@ -879,11 +879,11 @@ class Trainer:
 
 
 @torch.no_grad()
-def evaluate_policy(agent: Agent, env_id: str, num_episodes: int, seed: int, progress=lambda done: None) -> dict[str, list]:
-    """Plays full games with the sampled policy, epsilon 0: {"returns": unclipped, "lengths": agent steps}, one per game.
-    One environment a game, all played at once: no bias to short ones. progress(games done) is called after every step."""
-    device, games = next(agent.parameters()).device, [None] * num_episodes
-    envs = [make_env(env_id, seed + i, agent.args.image_size) for i in range(num_episodes)]
+def evaluate_policy(agent: Agent, env_id: str, num_episodes: int, seed: int) -> dict:
+    """Plays full games with the sampled policy, epsilon 0: one environment a game, all at once, so no bias to short ones. The
+    content of result.json: `returns`, unclipped, `lengths` in agent steps, and all that tells with what they may be compared."""
+    args, device, games, said = agent.args, next(agent.parameters()).device, [None] * num_episodes, 0.0
+    envs = [make_env(env_id, seed + i, args.image_size) for i in range(num_episodes)]
     obs, state, generator = np.stack([env.reset()[0] for env in envs]), None, torch.Generator(device).manual_seed(seed)
     while None in games:
         z = agent.encoder(torch.from_numpy(obs).to(device)[:, None])  # [N, 1, C, h, w]
@@ -892,8 +892,25 @@ def evaluate_policy(agent: Agent, env_id: str, num_episodes: int, seed: int, pro
         for i in [i for i, game in enumerate(games) if game is None]:
             obs[i], _, terminated, truncated, info = envs[i].step(actions[i])
             games[i] = info["episode"] if terminated or truncated else None
-        progress(num_episodes - games.count(None))
-    return {"returns": [float(game["r"]) for game in games], "lengths": [int(game["l"]) for game in games]}
+        if Stop.signal:
+            raise Stop
+        if time.time() - said > 10:
+            print(f"  {num_episodes - games.count(None)}/{num_episodes} games played", flush=True)
+            said = time.time()
+    spec, returns = envs[0].spec, [float(game["r"]) for game in games]
+    atari = str(spec.entry_point).startswith("ale_py")
+    protocol = {
+        "episodes": num_episodes, "policy": "sampled", "temperature": 1.0, "epsilon": 0.0, "noop_max": NOOP_MAX * atari,
+        "frame_skip": FRAME_SKIP if atari else 1, "sticky_actions": spec.kwargs.get("repeat_action_probability", 0.0),
+        "checkpoint": "last", "life_loss_ends_episode": False, "reward_clipping": False, "eval_seed": seed,
+    }  # fmt: skip
+    versions = {package.__name__: package.__version__ for package in (torch, gym, ale_py, np)}
+    return {
+        "env_id": env_id, "game": game_name(env_id), "exp_name": args.exp_name, "seed": args.seed, "preset": args.preset,
+        "returns": returns, "lengths": [int(game["l"]) for game in games], "mean_return": float(np.mean(returns)),
+        "std_return": float(np.std(returns)), "protocol": protocol, "device": args.device,
+        "versions": versions | {"python": platform.python_version(), "machine": platform.machine()},
+    }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------ The run directory
@@ -932,28 +949,6 @@ def write(path: pathlib.Path, save) -> None:
         temporary.unlink(missing_ok=True)
         what, kept = str(error).splitlines()[0], "; the previous one is intact" * path.exists()
         raise UsageError(f"{path}: cannot be written ({what}){kept}; make room, then run the same command") from None
-
-
-def write_json(path: pathlib.Path, content: dict) -> None:
-    write(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
-
-
-def make_result(args: Args, evaluation: dict, global_step: int, wall_time_s: float, **protocol) -> dict:
-    """The content of result.json: scores and everything that tells with what they may be compared."""
-    spec, returns = gym.spec(args.env_id.rpartition(":")[2]), evaluation["returns"]
-    atari = str(spec.entry_point).startswith("ale_py")
-    protocol |= {
-        "episodes": len(returns), "policy": "sampled", "temperature": 1.0, "epsilon": 0.0, "noop_max": NOOP_MAX * atari,
-        "frame_skip": FRAME_SKIP if atari else 1, "sticky_actions": spec.kwargs.get("repeat_action_probability", 0.0),
-        "checkpoint": "last", "life_loss_ends_episode": False, "reward_clipping": False,
-    }  # fmt: skip
-    versions = {package.__name__: package.__version__ for package in (torch, gym, ale_py, np)}
-    return {
-        "env_id": args.env_id, "game": game_name(args.env_id), "exp_name": args.exp_name, "seed": args.seed,
-        "preset": args.preset, **evaluation, "mean_return": float(np.mean(returns)), "std_return": float(np.std(returns)),
-        "protocol": protocol, "global_step": global_step, "wall_time_s": wall_time_s, "device": args.device,
-        "versions": versions | {"python": platform.python_version(), "machine": platform.machine()},
-    }  # fmt: skip
 
 
 def load_checkpoint(run_dir: pathlib.Path) -> dict:
@@ -995,7 +990,7 @@ class Run:
         asked = json.loads(json.dumps(vars(args) | {"device": trainer.device.type, "script": script}))
         if not begun and not finished:
             shutil.copy(SCRIPT, self.dir)
-            write_json(self.dir / "args.json", asked)
+            (self.dir / "args.json").write_text(json.dumps(asked, indent=1))
         kept = json.loads((self.dir / "args.json").read_text())
         for name, value in asked.items():
             if value != kept.get(name) and name not in ("compile", "runs_dir", "checkpoint_minutes", "track"):
@@ -1117,30 +1112,20 @@ def main(args: Args) -> dict:
     if args.preset == "paper" and device.type == "cpu":
         print("warning: the paper preset takes weeks on a CPU; --preset small takes minutes")
     trainer = Trainer(args, int(env.action_space.n), device)
-    run, seed = Run(args, trainer), args.seed + 10_000
+    run = Run(args, trainer)
     if run.result:
         print(f"{run.dir} has finished: score {run.result['mean_return']:.2f}. For another run change --seed or --exp-name")
         return run.result
     sizes = {name: sum(p.numel() for p in network.parameters()) for name, network in trainer.agent.named_children()}
     about = f"{args.preset} preset, {device}, {args.total_steps:,} steps, {trainer.num_epochs():,} epochs"
     print(f"{run.dir}: {about}, parameters", ", ".join(f"{name} {n:,}" for name, n in sizes.items()), flush=True)
-    said = 0.0
-
-    def progress(games: int) -> None:
-        nonlocal said
-        if time.time() - said > 10:
-            print(f"  final score: {games}/{args.eval_episodes} games played", flush=True)
-            said = time.time()
-        if Stop.signal:
-            raise Stop
-
     train(trainer, run)
     run.checkpoint()
     start = time.time()
-    evaluation = evaluate_policy(trainer.agent, args.env_id, args.eval_episodes, seed, progress)
+    result = evaluate_policy(trainer.agent, args.env_id, args.eval_episodes, args.seed + 10_000)
     seconds = sum(trainer.seconds.values()) + time.time() - start
-    result = make_result(args, evaluation, trainer.done["collect"], seconds, eval_seed=seed)
-    write_json(run.dir / "result.json", result)
+    result |= {"global_step": trainer.done["collect"], "wall_time_s": seconds}
+    write(run.dir / "result.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
     mean, std, spent = result["mean_return"], result["std_return"], datetime.timedelta(seconds=int(seconds))
     run.log({"eval/episodic_return": mean, "eval/episodic_return_std": std})
     print(f"score {mean:.2f} +- {std:.2f} (std over {args.eval_episodes} full games), {spent}; {run.dir}", flush=True)

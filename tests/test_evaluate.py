@@ -676,26 +676,12 @@ def load_agent(run_dir, device):
                 replay.add(obs, 1, rew, end)
     return Args(), Agent(), replay
 
-def evaluate_policy(agent, env_id, num_episodes, seed, progress=None):
-    for done in range(num_episodes):
-        progress(done + 1)
-    return {"returns": [float(seed + i) for i in range(num_episodes)], "lengths": [3] * num_episodes}
-
-def make_result(args, evaluation, global_step, wall_time_s, **protocol):
-    found = {"env_id": args.env_id, "game": "Breakout", "exp_name": args.exp_name, "seed": args.seed, "preset": "small"}
-    found |= {"mean_return": float(np.mean(evaluation["returns"])), "global_step": global_step}
-    return evaluation | found | {"protocol": {"episodes": len(evaluation["returns"])} | protocol}
-
-def write_json(path, content):
-    path.write_text(json.dumps(content))
+def evaluate_policy(agent, env_id, num_episodes, seed):
+    returns = [float(seed + i) for i in range(num_episodes)]
+    found = {"env_id": env_id, "game": "Breakout", "exp_name": Args.exp_name, "seed": Args.seed, "preset": "small"}
+    found |= {"returns": returns, "lengths": [3] * num_episodes, "mean_return": float(np.mean(returns))}
+    return found | {"protocol": {"episodes": num_episodes, "eval_seed": seed}}
 '''
-
-
-INTERRUPTED = """
-def evaluate_policy(agent, env_id, num_episodes, seed, progress=None):
-    progress(2)
-    raise KeyboardInterrupt
-"""
 
 
 @pytest.fixture
@@ -812,7 +798,7 @@ def test_weights_alone_are_looked_at_in_fresh_games(fork, tmp_path, capsys):
 def test_a_score_is_shown_before_it_is_written(fork, tmp_path, capsys):
     assert run("--checkpoint", fork, "--episodes", 4, "--seed", 5, "--out", tmp_path / "no" / "score.json") == 2
     out, err = capsys.readouterr()
-    assert "Breakout, mean return 6.50 of 4 games" in out and "4/4 games" in err
+    assert "Breakout, mean return 6.50 of 4 games" in out
     assert err.splitlines()[-1].startswith("error: ") and "Traceback" not in err
 
 
@@ -831,13 +817,6 @@ def test_refusals_of_looking(fork, tmp_path, capsys, monkeypatch):
     for module in ("PIL", "PIL.ImageFont"):
         monkeypatch.setitem(sys.modules, module, None)
     assert "pip install pillow" in failure(capsys, "--video", fork, tmp_path / "a.gif")
-
-
-def test_an_interrupted_checkpoint_tells_the_games_played(fork, capsys):
-    (fork / "jedi_mse.py").write_text(SCRIPT + INTERRUPTED)
-    assert run("--checkpoint", fork, "--episodes", 4) == 130
-    out, err = capsys.readouterr()
-    assert out == "" and err.split("\r")[-1].strip() == "2/4 games"
 
 
 def test_ctrl_c_ends_without_a_traceback(fork, monkeypatch, capsys):

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -621,13 +622,17 @@ def test_actions_that_do_not_start_at_zero():
     assert env.action_space == gym.spaces.Discrete(3) and [env.step(act)[1] for act in range(3)] == [1.0, 2.0, 3.0]
 
 
-def test_evaluation_gives_every_game_an_environment():
-    seen, agent = [], make_agent(tiny(image_size=32))
-    games = jedi.evaluate_policy(agent, "tests.toy:Catch-v0", 7, 0, lambda done, *_: seen.append(done))
+def test_evaluation_gives_every_game_an_environment(monkeypatch):
+    seen, agent, clock = [], make_agent(tiny(image_size=32)), itertools.count(100, 11)  # due for a line after every step
+    monkeypatch.setattr(jedi, "time", types.SimpleNamespace(time=lambda: next(clock)))
+    monkeypatch.setattr(
+        jedi, "print", lambda line, **_: seen.append(re.fullmatch(r"  (\d)/7 games played", line)[1]), raising=False
+    )
+    games = jedi.evaluate_policy(agent, "tests.toy:Catch-v0", 7, 0)
     assert len(games["returns"]) == len(games["lengths"]) == 7 and len(seen) == max(games["lengths"]) > min(games["lengths"])
-    assert seen == [sum(length <= t for length in games["lengths"]) for t in range(1, len(seen) + 1)]
+    assert list(map(int, seen)) == [sum(length <= t for length in games["lengths"]) for t in range(1, len(seen) + 1)]
     assert games == jedi.evaluate_policy(agent, "tests.toy:Catch-v0", 7, 0)
-    assert games != jedi.evaluate_policy(agent, "tests.toy:Catch-v0", 7, 1)
+    assert games["returns"] != jedi.evaluate_policy(agent, "tests.toy:Catch-v0", 7, 1)["returns"]
 
 
 def test_the_toy_game_is_as_described():
@@ -1074,11 +1079,15 @@ class FakeTime:
 
 def test_a_line_every_ten_seconds(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        clock, play = FakeTime(patch), jedi.evaluate_policy
+        clock, play, gumbel = FakeTime(patch), jedi.evaluate_policy, jedi.gumbel
+
+        def slow_step(*shape, **options):
+            clock.now += 3
+            return gumbel(*shape, **options)
 
         def slow_games(*inputs):
-            *inputs, progress = inputs
-            return play(*inputs, lambda done: (setattr(clock, "now", clock.now + 3), progress(done)))
+            patch.setattr(jedi, "gumbel", slow_step)
+            return play(*inputs)
 
         patch.setattr(jedi, "evaluate_policy", slow_games)
         run(tmp_path, world_model_updates=(20, 2), actor_critic_updates=(20, 2))
