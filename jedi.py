@@ -1132,7 +1132,7 @@ def main(args: Args) -> dict:
     with contextlib.suppress(ImportError, AttributeError, KeyError):  # no such file here, or a game that is no Atari game
         random, human, *_ = importlib.import_module("evaluate").SCORES[result["game"]]
         share = f"{(mean - random) / (human - random):.0%} of the way"
-        print(f"random play scores {random}, a human {human}: {share}. Minutes teach little of an Atari game: see README.md")
+        print(f"random play scores {random}, a human {human}: {share}. What longer runs learn: see README.md, Atari")
     return result
 
 
