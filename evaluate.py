@@ -304,8 +304,18 @@ class Run:
         spec = importlib.util.spec_from_file_location("source_of_run", sources[0])
         self.source = sys.modules["source_of_run"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self.source)
-        self.args, agent, self.replay = self.source.load_agent(Path(path), device)
-        self.agent, self.now = agent.requires_grad_(False), self.args.num_conditioning_steps - 1  # now: a context's last frame
+        state, device = self.source.load_checkpoint(Path(path)), self.source.resolve_device(device)
+        try:
+            self.args = self.source.Args(**state["args"] | {"device": str(device)})
+            self.agent = self.source.Agent(self.args, state["num_actions"]).to(device).requires_grad_(False)
+            self.agent.load_state_dict(state["agent"])
+        except (TypeError, RuntimeError) as error:
+            what = str(error).splitlines()[-1].strip()
+            raise Problem(f"{path}: made by another {sources[0].name} than this ({what}); use the one in there") from None
+        self.replay = self.source.ReplayBuffer(0, self.args.image_size, device)  # empty where there are the weights alone
+        if "replay" in state:
+            self.replay.load_state_dict(state["replay"])
+        self.now = self.args.num_conditioning_steps - 1  # a context's last frame
         self.env = self.source.make_env(self.args.env_id, seed, self.args.image_size)
         self.rng = torch.Generator(self.replay.obs.device).manual_seed(seed)
 

@@ -960,21 +960,6 @@ def load_checkpoint(run_dir: pathlib.Path) -> dict:
         raise UsageError(f"{run_dir}/ckpt.pt: no whole checkpoint there ({what}); restore it or delete it") from None
 
 
-def load_agent(run_dir: pathlib.Path, device: str = "auto") -> tuple[Args, Agent, ReplayBuffer]:
-    """A run's args, agent, and replay (empty where the checkpoint holds the weights alone). Raises UsageError."""
-    state, device = load_checkpoint(run_dir), resolve_device(device)
-    try:
-        args = Args(**state["args"] | {"device": str(device)})
-        agent, buffer = Agent(args, state["num_actions"]).to(device).eval(), ReplayBuffer(0, args.image_size, device)
-        agent.load_state_dict(state["agent"])
-    except (TypeError, RuntimeError) as error:
-        what = str(error).splitlines()[-1].strip()
-        raise UsageError(f"{run_dir}: made by another {SCRIPT.name} than this ({what}); use the one in there") from None
-    if "replay" in state:
-        buffer.load_state_dict(state["replay"])
-    return args, agent, buffer
-
-
 class Run:
     """The directory <runs-dir>/<game>__<exp-name>__<seed>: a copy of the script, args.json, ckpt.pt, metrics.jsonl and, once
     training has finished, result.json, which nothing else writes."""

@@ -587,6 +587,7 @@ class Args:
     image_size: int = 8
     total_steps: int = 100
     compile: bool = True
+    device: str = "cpu"
 
 class Env:
     """The grey grows by the action + 1 at every step; a game ends with reward 1 at its 6th step."""
@@ -621,6 +622,14 @@ class ReplayBuffer:
             self.num_steps += 1
         self.obs[self.size], self.episode[self.size] = torch.from_numpy(obs), self.episodes
         self.size += 1
+    def load_state_dict(self, games):
+        self.__init__(100, 8, "cpu")
+        for _ in range(games):
+            env = Env()
+            self.add(env.reset()[0])
+            for t in range(6):
+                obs, rew, end, trunc, _ = env.step(1)
+                self.add(obs, 1, rew, end)
     def sample(self, batch_size, before, after, generator):
         slot = (torch.arange(before + 1 + after)[None]).expand(batch_size, -1)  # always the first episode
         real = self.episode[slot] == 1
@@ -628,6 +637,8 @@ class ReplayBuffer:
 
 class Agent(torch.nn.Module):
     num_actions = 2
+    def __init__(self, args, num_actions):
+        super().__init__()
     def encoder(self, obs):
         return obs[..., :1, :1, :1].float()  # [..., 1, 1, 1]
     def actor_critic(self, z, real=None, state=None):
@@ -663,18 +674,14 @@ def imagine(agent, z, act, real, noise, gumbels, actions=None):
     whole = torch.cat([z, dreamt], 1)
     return Rollout(whole, torch.ones(whole.shape[:2], dtype=torch.bool), acts, end, end)
 
-def load_agent(run_dir, device):
+def load_checkpoint(run_dir):
     if not (run_dir / "ckpt.pt").exists():
         raise UsageError(f"{run_dir}: no checkpoint there")
-    replay = ReplayBuffer(100, 8, "cpu")
-    if (run_dir / "ckpt.pt").read_text() == "replay":
-        for _ in range(2):
-            env = Env()
-            replay.add(env.reset()[0])
-            for t in range(6):
-                obs, rew, end, trunc, _ = env.step(1)
-                replay.add(obs, 1, rew, end)
-    return Args(), Agent(), replay
+    state = {"args": {}, "num_actions": 2, "agent": {}}
+    return state | ({"replay": 2} if (run_dir / "ckpt.pt").read_text() == "replay" else {})
+
+def resolve_device(device):
+    return torch.device("cpu")
 
 def evaluate_policy(agent, env_id, num_episodes, seed):
     returns = [float(seed + i) for i in range(num_episodes)]

@@ -1260,22 +1260,22 @@ def test_a_run_directory_takes_its_own_run_only(finished_copy, monkeypatch, caps
     one_line_error(capsys, words, "ckpt.pt", "no whole checkpoint", "delete it")
 
 
-def test_load_agent_refuses_what_is_none(finished_copy, tmp_path):
+def test_evaluate_refuses_another_agent(finished_copy, tmp_path, capsys):
     state = torch.load(finished_copy / "ckpt.pt", weights_only=True)
     for changes, reason in (({"lstm_dim": 8}, "size mismatch"), ({"no_such_field": 1}, "no_such_field")):
         torch.save(state | {"args": state["args"] | changes}, finished_copy / "ckpt.pt")
-        with pytest.raises(jedi.UsageError, match=f"another jedi.py .*{reason}.*use the one in there"):
-            jedi.load_agent(finished_copy, "cpu")
-    with pytest.raises(jedi.UsageError, match="nowhere/ckpt.pt: no whole checkpoint there"):
-        jedi.load_agent(tmp_path / "nowhere", "cpu")
+        assert evaluate.main(["--checkpoint", str(finished_copy), "--device", "cpu"]) == 2
+        assert re.search(f"another jedi.py .*{reason}.*use the one in there", capsys.readouterr().err)
+    assert evaluate.main(["--checkpoint", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere/ckpt.pt: no whole checkpoint there" in capsys.readouterr().err
 
 
 def test_the_agent_of_the_repository_can_be_loaded():
     """The one that the README shows."""
-    args, agent, replay = jedi.load_agent(ROOT / "results" / "catch_agent", "cpu")
-    assert jedi.game_name(args.env_id) == "Catch" and agent.num_actions == 3 and replay.num_steps == 0
+    run = evaluate.Run(ROOT / "results" / "catch_agent", "cpu", 0)
+    assert run.source.game_name(run.args.env_id) == "Catch" and run.agent.num_actions == 3 and run.replay.num_steps == 0
     kept = json.loads((ROOT / "results" / "catch_agent" / "args.json").read_text())
-    assert kept | json.loads(json.dumps(vars(args))) == kept
+    assert kept | json.loads(json.dumps(vars(run.args))) == kept
 
 
 def test_evaluate_plays_a_checkpoint(finished, finished_copy, tmp_path, capsys):
