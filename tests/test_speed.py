@@ -202,14 +202,13 @@ def test_the_same_command_again_and_again(tmp_path, monkeypatch, capsys):
 
 
 def test_readme_sweeps_start_every_run_once(tmp_path):
-    """The README's shell loop and its Slurm job array, with an echo for python, both start 26 games x 5 seeds."""
+    """The README's sweep, with an echo for python, as a loop and as a Slurm job array: 26 games x 5 seeds."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    (loop,) = [block for block in blocks if "for seed in" in block]
-    (array,) = [block for block in blocks if "#SBATCH" in block]
-    started = with_echo_for_python(tmp_path, loop).splitlines()
+    (sweep,) = [block for block in blocks if "#SBATCH" in block]
+    started = with_echo_for_python(tmp_path, sweep).splitlines()
     assert len(started) == len(set(started)) == 130
-    (first, last) = map(int, re.search(r"--array=(\d+)-(\d+)", array).groups())
-    script = f"for SLURM_ARRAY_TASK_ID in $(seq {first} {last}); do (\n{array}\n) done"
+    (first, last) = map(int, re.search(r"--array=(\d+)-(\d+)", sweep).groups())
+    script = f"for SLURM_ARRAY_TASK_ID in $(seq {first} {last}); do (\n{sweep}\n) done"
     assert sorted(with_echo_for_python(tmp_path, script).splitlines()) == sorted(started)
     runs = [jedi.parse_args([*line.split()[1:], "--device", "cpu"]) for line in (started[0], started[-1])]
     assert [(args.preset, args.seed) for args in runs] == [("paper", 1), ("paper", 5)]
