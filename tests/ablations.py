@@ -155,7 +155,8 @@ def run(name: str, seed: int, env_id: str, updates: int, frames: int) -> dict:
     jedi = load_variant(name)
     args = jedi.Args(preset="small", env_id=env_id, seed=seed, **jedi.SMALL | VARIANTS[name][1])
     args = jedi.dataclasses.replace(args, total_steps=frames, collect_steps=(frames, 400), first_collect_max=frames,
-                                    world_model_updates=(updates, 0), batch_size=16, horizon=6)  # fmt: skip
+                                    world_model_updates=(updates, 0), encoder_warmup_updates=updates // 4,
+                                    batch_size=16, horizon=6)  # fmt: skip
     trainer, start = jedi.Trainer(args, 3, torch.device("cpu")), time.time()
     trainer.buffer, trainer.first_steps = record(jedi, args, frames, seed), frames
     trainer.refresh()
