@@ -59,7 +59,7 @@ agent_optimal (AO): 13 games of highest mean HNS of IRIS, TWM, DreamerV3, STORM;
 sym_hns: Sym-HNS, 2 HO AO / (HO + AO), or the lower half if one is <= 0. This definition is OURS, see README"""
 RESAMPLES = 50_000
 LOOKS = {"checkpoint": ".json", "imagine": ".png", "dream": ".gif", "video": ".gif"}  # what they write
-outcome = lambda rew, end: f"{rew:+g} " * bool(rew) + (end if type(end) is str else "END" * bool(end))  # noqa: E731
+outcome = lambda rew, end: f"{round(float(rew)):+} " * bool(round(float(rew))) + (end if type(end) is str else "END" * bool(end))  # noqa: E731
 show = lambda score: f"{score:.0f}" if abs(score) >= 100 else f"{score:.1f}"  # noqa: E731
 
 
@@ -304,19 +304,25 @@ class Run:
         spec = importlib.util.spec_from_file_location("source_of_run", sources[0])
         self.source = sys.modules["source_of_run"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self.source)
-        state, device = self.source.load_checkpoint(Path(path)), self.source.resolve_device(device)
+        state = self.source.load_checkpoint(Path(path))
+        name = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            self.args = self.source.Args(**state["args"] | {"device": str(device)})
-            self.agent = self.source.Agent(self.args, state["num_actions"]).to(device).requires_grad_(False)
+            device = torch.zeros(1, device=name).device
+        except (RuntimeError, AssertionError) as error:
+            raise Problem(f"--device {name}: {str(error).splitlines()[0]}") from None
+        try:
+            self.args = self.source.Args(**json.loads(Path(path, "args.json").read_text()) | {"device": str(device)})
+            self.env = self.source.make_env(self.args.env_id, seed, self.args.image_size)
+            self.agent = self.source.Agent(self.args, int(self.env.action_space.n)).to(device).requires_grad_(False)
             self.agent.load_state_dict(state["agent"])
         except (TypeError, RuntimeError) as error:
             what = str(error).splitlines()[-1].strip()
             raise Problem(f"{path}: made by another {sources[0].name} than this ({what}); use the one in there") from None
-        self.replay = self.source.ReplayBuffer(0, self.args.image_size, device)  # empty where there are the weights alone
+        self.replay = self.source.ReplayBuffer(self.args, device)  # empty where there are the weights alone
         if "replay" in state:
             self.replay.load_state_dict(state["replay"])
         self.now = self.args.num_conditioning_steps - 1  # a context's last frame
-        self.env = self.source.make_env(self.args.env_id, seed, self.args.image_size)
+        torch.manual_seed(seed)
         self.rng = torch.Generator(self.replay.obs.device).manual_seed(seed)
 
     def play(self, steps):
@@ -325,7 +331,7 @@ class Run:
         while len(film) < steps and not mark:
             z = self.agent.encoder(torch.from_numpy(obs).to(self.rng.device)[None, None])  # [1, 1, C, h, w]
             logits, value, state = self.agent.actor_critic(z, None, state)
-            act = int((logits + self.source.gumbel(*logits.shape, device=self.rng.device, generator=self.rng)).argmax())
+            act = int(torch.nn.functional.gumbel_softmax(logits[:, 0]).argmax())
             obs, rew, terminated, truncated, _ = self.env.step(act)
             mark = "END" if terminated else "TRUNCATED" * truncated
             film.append((torch.from_numpy(obs), act, float(rew), mark, float(value)))
@@ -335,10 +341,8 @@ class Run:
         """Imagines from contexts of the replay, under the real actions or the policy's -> what was recorded, the rollout."""
         batch = self.replay.sample(contexts, self.now, horizon, self.rng)
         obs, act, real = (x[:, : self.now + 1] for x in (batch.obs, batch.act, batch.real))
-        args = dataclasses.replace(self.args, horizon=horizon)
-        noise = self.source.imagination_noise(args, contexts, self.agent.num_actions, self.rng.device, self.rng)
         actions = batch.act[:, self.now : -1] if forced else None
-        return batch, self.source.imagine(self.agent, self.agent.encoder(obs), act, real, *noise, actions=actions)
+        return batch, self.source.imagine(self.agent, self.agent.encoder(obs), act, real, horizon, actions)
 
     def retrieve(self, z, *more):
         """z [..., C, h, w] -> the recorded frames, or of `more`, whose own latents are nearest: there is no decoder."""
@@ -395,14 +399,14 @@ def look(options, command, path, picture=None):
     run, start = Run(path, options.device, options.seed), time.time()
     if command == "checkpoint":
         result = run.source.evaluate_policy(run.agent, run.args.env_id, total, options.seed)
-        steps = run.replay.num_steps or run.args.total_steps  # weights without their replay are those of a finished run
+        steps = int(run.replay.has_step.sum()) or run.args.total_steps  # weights without their replay are those of a finished run
         result |= {"global_step": steps, "wall_time_s": time.time() - start}
         print(f"{result['game']}, mean return {result['mean_return']:.2f} of {total} games", flush=True)
         if out:
             Path(out).write_text(json.dumps(result, indent=1))
         return
-    if command != "video" and (options.fresh or not run.replay.num_steps):
-        print("contexts from 600 steps of fresh games" + ", for the checkpoint holds no replay" * (not run.replay.num_steps))
+    if command != "video" and (options.fresh or not run.replay.size):
+        print("contexts from 600 steps of fresh games" + ", for the checkpoint holds no replay" * (not run.replay.size))
         args = dataclasses.replace(run.args, seed=options.seed + 10**6, total_steps=600, compile=False)
         trainer = run.source.Trainer(args, run.agent.num_actions, run.rng.device)
         trainer.agent, run.replay = run.agent, trainer.buffer
@@ -416,10 +420,10 @@ def look(options, command, path, picture=None):
     film, pages, score = run.dream(options.steps) if command == "dream" else run.play(options.steps), [], 0.0
     for i, (frame, act, rew, mark, value) in enumerate(film):
         score += rew
-        title = f"step {i + 1}   {names[act]}   value {value:.2f}   score {score:g}"
+        title = f"step {i + 1}   {names[act]}   value {value:.2f}   score {score:.4g}"
         pages.append(draw([[(frame, outcome(rew, mark), "gray")]], 384, title))
     marks = [mark for *_, mark, _ in film]
-    print(f"{len(film)} steps, {marks.count('END')} ends, {marks.count('TRUNCATED')} truncations, score {score:g}", flush=True)
+    print(f"{len(film)} steps, {marks.count('END')} ends, {marks.count('TRUNCATED')} truncations, score {score:.4g}", flush=True)
     times = [*(1500 if mark else 120 for mark in marks[:-1]), 3000]  # ms; the last frame is held
     pages[0].save(out, "GIF", save_all=True, append_images=pages[1:], duration=times, loop=0)
 

@@ -26,10 +26,11 @@ sys.path.insert(0, str(ROOT))
 
 # Name: (what it is, changed Args, [(text in jedi.py, what replaces it), ...])
 DETACHED = ("hist = list(z.unbind(1))", "hist = list(z.detach().unbind(1))")
-ALWAYS_REAL = ("feed_own = torch.rand((), device=self.device) < 0.5", "feed_own = torch.tensor(False, device=self.device)")
-ALWAYS_OWN = ("feed_own = torch.rand((), device=self.device) < 0.5", "feed_own = torch.tensor(True, device=self.device)")
+ALWAYS_REAL = ("feed_own = torch.rand((), device=z.device) < 0.5", "feed_own = torch.tensor(False, device=z.device)")
+ALWAYS_OWN = ("feed_own = torch.rand((), device=z.device) < 0.5", "feed_own = torch.tensor(True, device=z.device)")
 NO_BOUND = [
     ("return self.args.latent_bound * torch.tanh(z / self.args.latent_bound)", "return z"),
+    (".detach().clamp(-args.latent_bound, args.latent_bound)", ".detach()"),
     ("return z.clamp(-self.args.latent_bound, self.args.latent_bound)", "return z"),
 ]
 MOMENTS = [("frames.nanmedian(0).values", "frames.nanmean(0)"), ("square.flatten().nanmedian(0).values", "square.nanmean()")]
@@ -38,19 +39,18 @@ VARIANTS = {
     "mse predictor": (
         "the next latent by regression: the noised latent is replaced by zeros, one network call a step", {},
         [
-            ("z_noisy = z_next + sigma[i, :, None, None, None] * noise[i]", "z_noisy = torch.zeros_like(z_next)"),
+            ("z_noisy = z_next + sigma[:, None, None, None] * torch.randn_like(z_next)", "z_noisy = torch.zeros_like(z_next)"),
             ("target = (z_next - c_skip * z_noisy) / c_out", "target, c_out, c_noise = z_next, 1.0, c_noise"),
-            ("c_noise = sigma.log() / 4", "c_noise = sigma.log() * 0"),
+            ("d**2 / root**2, sigma.log() / 4", "d**2 / root**2, sigma.log() * 0"),
             ("for sigma, sigma_next in zip(self.sigmas, self.sigmas[1:]):", "for sigma, sigma_next in ():"),
-            ("return self.bound(z).contiguous()",
-             "return self.bound(self.unet(0 * z, 0 * z[:, 0, 0, 0], z_hist, act_hist)).contiguous()"),
+            ("return z.clamp(", "return self.unet(0 * z, 0 * z[:, 0, 0, 0], z_hist, act_hist).clamp("),
         ],
     ),
     "no diffusion gradient": ("the encoder learns from reward and end alone", {}, [DETACHED]),
     "frozen": ("the encoder stays as it was initialised", {"encoder_lr_scale": 0.0}, []),
     "clean rewards": ("R learns from latents without noise", {"reward_end_noise": 0.0}, []),
     "no reward gradient": ("the encoder learns from the diffusion loss alone", {},
-                           [("reward_end.loss(z, batch, blur)", "reward_end.loss(z.detach(), batch, blur)")]),
+                           [("z = z + args.reward_end_noise", "z = z.detach() + args.reward_end_noise")]),
     "ema target": (
         "the target is encoded by a moving average of the encoder (0.99)", {},
         [
@@ -58,12 +58,12 @@ VARIANTS = {
              "self.encoder, self.denoiser = Encoder(args), Denoiser(args, num_actions)\n"
              "        self.slow = [Encoder(args)]\n"
              "        self.slow[0].load_state_dict(self.encoder.state_dict())"),
-            ("    diffusion_loss = agent.denoiser.loss(z[:, :k]",
+            ("    diffusion_loss = agent.denoiser.loss(",
              "    with torch.no_grad():\n"
              "        for slow, fast in zip(agent.slow[0].parameters(), agent.encoder.parameters()):\n"
              "            slow.lerp_(fast, 0.01)\n"
              "        agent.denoiser.target = agent.slow[0](batch.obs, batch.real)\n"
-             "    diffusion_loss = agent.denoiser.loss(z[:, :k]"),
+             "    diffusion_loss = agent.denoiser.loss("),
             ("z_next = z[:, steps + i].detach()", "z_next = self.target[:, steps + i]"),
         ],
     ),
@@ -95,7 +95,7 @@ def load_variant(name: str):
 def record(jedi, args, num_steps: int, seed: int):
     """A replay buffer of uniformly random play."""
     env, rng, over = jedi.make_env(args.env_id, seed, args.image_size), np.random.default_rng(seed), True
-    buffer = jedi.ReplayBuffer(num_steps, args.image_size, torch.device("cpu"), args.recency_weights)
+    buffer = jedi.ReplayBuffer(jedi.dataclasses.replace(args, total_steps=num_steps), torch.device("cpu"))
     for _ in range(num_steps):
         if over:
             buffer.add(env.reset()[0])
@@ -131,11 +131,11 @@ def measure(jedi, trainer, fit, held_out) -> dict[str, float]:
 
     generator = torch.Generator().manual_seed(0)
     batch = held_out.sample(512, steps - 1, args.horizon + 1, generator)
-    noise = jedi.imagination_noise(args, 512, agent.num_actions, trainer.device, generator)
+    torch.manual_seed(0)
     z = encode(batch.obs.flatten(0, 1)).unflatten(0, batch.obs.shape[:2])
     act, rew, step = (x[:, steps - 1 : steps - 1 + args.horizon] for x in (batch.act, batch.rew, batch.step))  # [B, H]
-    imagined = jedi.imagine(agent, z[:, :steps], batch.act[:, :steps], batch.real[:, :steps], *noise, actions=act)
-    result = {k.split("/")[1]: v for k, v in jedi.measure(agent, batch, *noise).items()}
+    imagined = jedi.imagine(agent, z[:, :steps], batch.act[:, :steps], batch.real[:, :steps], args.horizon, actions=act)
+    result = {k.split("/")[1]: v for k, v in jedi.measure(agent, batch).items()}
     for h in ahead:
         t, truth = steps - 1 + h, read_screen(batch.obs[:, steps - 1 + h])  # [B, 3]
         good = batch.real[:, t] & (truth >= 0).all(1)
@@ -145,7 +145,7 @@ def measure(jedi, trainer, fit, held_out) -> dict[str, float]:
     screen = read_screen(batch.obs[:, steps : steps + args.horizon].flatten(0, 1)).unflatten(0, rew.shape)  # [B, H, 3]
     beside = (screen[..., 0] - screen[..., 2]).abs() == 2  # [B, H]
     for name, event in (("catches_found", rew == 1), ("near_misses_found", (rew == -1) & beside)):
-        result[name] = float((imagined.rew == rew)[event & step].double().mean())
+        result[name] = float((1 - (imagined.rew - rew).abs())[event & step].double().mean())
     state = ("paddle_1", "ball_row_1", "ball_column_1", "paddle_5", "ball_row_5", "ball_column_5")
     result["state_right"] = float(np.mean([result[f"{name}_imagined"] for name in state]))
     return result
@@ -154,11 +154,10 @@ def measure(jedi, trainer, fit, held_out) -> dict[str, float]:
 def run(name: str, seed: int, env_id: str, updates: int, frames: int) -> dict:
     jedi = load_variant(name)
     args = jedi.Args(preset="small", env_id=env_id, seed=seed, **jedi.SMALL | VARIANTS[name][1])
-    args = jedi.dataclasses.replace(args, total_steps=frames, collect_steps=(frames, 400), first_collect_max=frames,
-                                    world_model_updates=(updates, 0), encoder_warmup_updates=updates // 4,
-                                    batch_size=16, horizon=6)  # fmt: skip
+    args = jedi.dataclasses.replace(args, total_steps=frames, collect_steps=(frames, 400), batch_size=16, horizon=6,
+                                    world_model_updates=(updates, 0), warmup_updates=(100, updates // 4))  # fmt: skip
     trainer, start = jedi.Trainer(args, 3, torch.device("cpu")), time.time()
-    trainer.buffer, trainer.first_steps = record(jedi, args, frames, seed), frames
+    trainer.buffer = record(jedi, args, frames, seed)
     trainer.refresh()
     for _ in range(updates):
         trainer.advance("world_model")

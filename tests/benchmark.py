@@ -36,14 +36,16 @@ PHASES = ("collect_step", "world_model_update", "reward_end_update", "joint_upda
 MODES = ("eager", "compiled")
 
 
-def diffusion_loss(agent, batch, sigma, noise, feed_own, blur):
+def diffusion_loss(agent, batch):
     k = agent.args.num_conditioning_steps + agent.args.num_autoregressive_steps
     z = agent.encoder(batch.obs[:, :k], batch.real[:, :k])  # [B, L+n, C, h, w]
-    return agent.denoiser.loss(z, batch.act[:, :k], batch.real[:, :k], sigma, noise, feed_own), {}
+    return agent.denoiser.loss(z, batch.act[:, :k], batch.real[:, :k]), {}
 
 
-def reward_end_loss(agent, batch, sigma, noise, feed_own, blur):
-    return sum(agent.reward_end.loss(agent.encoder(batch.obs, batch.real), batch, blur)), {}
+def reward_end_loss(agent, batch):
+    z = agent.encoder(batch.obs, batch.real)  # [B, T, C, h, w]
+    rew_logits, end_logits, _ = agent.reward_end(z[:, :-1], batch.act[:, :-1], z[:, 1:], batch.step[:, :-1])
+    return rew_logits.logsumexp(-1).mean() + end_logits.logsumexp(-1).mean(), {}  # as dear as the cross-entropies
 
 
 def prepare(phase: str, args: jedi.Args, device: torch.device):
@@ -60,12 +62,9 @@ def prepare(phase: str, args: jedi.Args, device: torch.device):
         return lambda: trainer.advance("actor_critic")
     if phase == "imagined_step":
         batch, agent = trainer.batch("actor_critic"), trainer.agent
-        z, (noise, gumbels) = agent.encoder(batch.obs), jedi.imagination_noise(args, args.batch_size, num_actions, device)
         states = [(torch.zeros(args.batch_size, args.lstm_dim, device=device),) * 2 for _ in range(2)]
-        inputs = z.detach(), batch.act[:, :-1], *states, noise[0], gumbels[0]
-        step = lambda batch: {"z": trainer.imagine_step(agent, *inputs)[0]}  # noqa: E731
-        step = jedi.CudaGraph(step) if args.compile and device.type == "cuda" else step
-        return lambda: step(batch)
+        inputs = agent.encoder(batch.obs).detach(), batch.act[:, :-1], *states
+        return lambda: trainer.imagine_step(agent, *inputs)
     if loss := {"world_model_update": diffusion_loss, "reward_end_update": reward_end_loss}.get(phase):
         trainer.world_model_loss = torch.compile(loss, fullgraph=True, dynamic=False) if args.compile else loss
     return lambda: trainer.advance("world_model")
@@ -86,12 +85,12 @@ def profile(call, wait, cuda: bool) -> dict:
 
 def measure(phase: str, mode: str, args: jedi.Args, reps: int, profiled: bool) -> dict[str, float]:
     """Seconds (median, min, max), peak memory and, in eager mode, FLOPs of one call of a phase; on request its profile."""
-    device = jedi.resolve_device(args.device)
-    jedi.set_up(device)
+    device = torch.device(args.device)
+    torch.set_float32_matmul_precision("high")
     args = dataclasses.replace(args, compile=mode == "compiled")
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     call = prepare(phase, args, device)
-    for _ in range({"eager": 1, "compiled": 5}[mode]):  # on CUDA: 3 calls, a capture with a replay, a replay
+    for _ in range({"eager": 1, "compiled": 5}[mode]):  # on CUDA: compile, warm up, capture, replay
         call()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -117,8 +116,8 @@ def measure(phase: str, mode: str, args: jedi.Args, reps: int, profiled: bool) -
 
 def matmul_gflops(args: jedi.Args) -> float:
     """The rate of a large matrix product in the trunks' type: the best of 5."""
-    device = jedi.resolve_device(args.device)
-    jedi.set_up(device)
+    device = torch.device(args.device)
+    torch.set_float32_matmul_precision("high")
     wait, n = (torch.cuda.synchronize, 8192) if device.type == "cuda" else (lambda: None, 2048)
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if args.bf16 else torch.float32)
     seconds = []
@@ -189,9 +188,9 @@ def main() -> int:
     try:
         preset = ["--preset", given.preset] if given.preset else []
         args = jedi.parse_args(["--device", given.device, "--env-id", given.env_id, *preset])
-        device = jedi.resolve_device(given.device)
-    except jedi.UsageError as error:
-        parser.error(str(error))
+        device = torch.zeros(1, device=given.device).device
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {given.device}: {error}")
     cuda = device.type == "cuda"
     args = dataclasses.replace(args, device=str(device), bf16=cuda if given.bf16 is None else given.bf16)
     phases = given.phases.split(",")

@@ -41,7 +41,7 @@ def record(num_steps: int, seed: int, args: jedi.Args, device: torch.device, bra
     """Plays a half random, half ball-following policy. Returns the replay, the RAM [slots, 3] and, with `branch`, for every
     20th step the slot and the paddle after 5 x LEFT and 5 x RIGHT [N, 3]."""
     env, rng = jedi.make_env("BreakoutNoFrameskip-v4", seed, args.image_size), np.random.default_rng(seed)
-    ale, buffer = env.unwrapped.ale, jedi.ReplayBuffer(num_steps, args.image_size, device, args.recency_weights)
+    ale, buffer = env.unwrapped.ale, jedi.ReplayBuffer(dataclasses.replace(args, total_steps=num_steps), device)
     ram = lambda: [int(ale.getRAM()[address]) for address in RAM.values()]  # noqa: E731
     rams, branches, game_over, end = [], [], True, True
     for step in range(num_steps):
@@ -92,10 +92,9 @@ def measure(agent: jedi.Agent, train, held_out, device: torch.device) -> dict:
     decode = lambda z: ((z.flatten(-3).double() - mean) @ weights + target_mean).clamp(0, 255)  # noqa: E731  [..., 3]
 
     def imagine(batch: jedi.Batch, actions: torch.Tensor) -> torch.Tensor:
-        generator, far = torch.Generator(device).manual_seed(0), dataclasses.replace(args, horizon=actions.shape[1])
-        noise = jedi.imagination_noise(far, len(actions), agent.num_actions, device, generator)
+        torch.manual_seed(0)
         context = agent.encoder(batch.obs[:, :steps]), batch.act[:, :steps], batch.real[:, :steps]
-        return jedi.imagine(agent, *context, *noise, actions=actions).z[:, steps:]
+        return jedi.imagine(agent, *context, actions.shape[1], actions=actions).z[:, steps:]
 
     def segments(anchors: torch.Tensor, after: int) -> tuple[jedi.Batch, torch.Tensor]:
         slot = anchors[:, None] + torch.arange(-steps + 1, after + 1, device=device)  # [B, T]
@@ -142,7 +141,7 @@ def show(m: dict) -> str:
 
 def main(args: ProbeArgs) -> list[dict]:
     jedi.check_args(args)
-    device = jedi.resolve_device(args.device)
+    device = torch.device(args.device)
     args = dataclasses.replace(args, world_model_updates=(args.updates, 0))  # the schedule of the rates ends with them
     args = dataclasses.replace(args, bf16=device.type == "cuda" if args.bf16 is None else args.bf16)
     trainer = jedi.Trainer(args, 4, device)
@@ -157,9 +156,10 @@ def main(args: ProbeArgs) -> list[dict]:
             trainer.refresh()
             about = {"updates": updates, "minutes": seconds / 60, "seed": args.seed}
             if curve:  # the mean of the updates since the last measurement
-                about["loss"] = float(trainer.sums["world_model"]["losses/denoising"]) / (updates - curve[-1]["updates"])
-            trainer.sums["world_model"] = {}
-            curve.append(about | measure(trainer.agent, train, held_out, device))
+                about["loss"] = float(trainer.sums["losses/denoising"]) / (updates - curve[-1]["updates"])
+            trainer.sums = {}
+            with torch.random.fork_rng():  # measuring does not change what follows
+                curve.append(about | measure(trainer.agent, train, held_out, device))
             print(show(curve[-1]), flush=True)
             if args.out:
                 with open(args.out, "a") as file:

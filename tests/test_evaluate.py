@@ -571,6 +571,7 @@ def test_curves_without_matplotlib(tmp_path, capsys, monkeypatch):
 # ---------------------------------------------------------------- an agent, its game and what it imagines
 SCRIPT = '''"""A stand-in for a script that trains: its frames are all of one grey, and its latent is that grey."""
 import dataclasses, json, pathlib, typing
+import gymnasium as gym
 import numpy as np
 import torch
 
@@ -591,7 +592,7 @@ class Args:
 
 class Env:
     """The grey grows by the action + 1 at every step; a game ends with reward 1 at its 6th step."""
-    unwrapped = property(lambda self: self)
+    unwrapped, action_space = property(lambda self: self), gym.spaces.Discrete(2)
     def get_action_meanings(self):
         return ["NOOP", "FIRE"]
     def frame(self):
@@ -609,21 +610,22 @@ def make_env(env_id, seed, image_size):
 Batch = typing.NamedTuple("Batch", [(k, torch.Tensor) for k in ("obs", "act", "rew", "end", "real", "step")])
 
 class ReplayBuffer:
-    def __init__(self, num_steps, image_size, device):
-        self.obs = torch.zeros(2 * num_steps + 2, 3, image_size, image_size, dtype=torch.uint8)
+    def __init__(self, args, device):
+        self.obs = torch.zeros(2 * args.total_steps + 2, 3, args.image_size, args.image_size, dtype=torch.uint8)
         self.act, self.episode = (torch.zeros(len(self.obs), dtype=torch.long) for _ in range(2))
         self.rew, self.end = torch.zeros(len(self.obs)), torch.zeros(len(self.obs), dtype=torch.bool)
-        self.size = self.num_steps = self.episodes = 0
+        self.has_step = torch.zeros(len(self.obs), dtype=torch.bool)
+        self.size = self.episodes = 0
     def add(self, obs, act=None, rew=0.0, end=False):
         if act is None:
             self.episodes += 1
         else:
             self.act[self.size - 1], self.rew[self.size - 1], self.end[self.size - 1] = act, rew, end
-            self.num_steps += 1
+            self.has_step[self.size - 1] = True
         self.obs[self.size], self.episode[self.size] = torch.from_numpy(obs), self.episodes
         self.size += 1
     def load_state_dict(self, games):
-        self.__init__(100, 8, "cpu")
+        self.__init__(Args(), "cpu")
         for _ in range(games):
             env = Env()
             self.add(env.reset()[0])
@@ -648,7 +650,7 @@ class Agent(torch.nn.Module):
 class Trainer:
     """Collects as training does: FIRE in one game after the other."""
     def __init__(self, args, num_actions, device):
-        self.buffer, self.env, self.over = ReplayBuffer(args.total_steps, args.image_size, device), Env(), True
+        self.buffer, self.env, self.over = ReplayBuffer(args, device), Env(), True
         assert args.compile is False and args.seed != Args.seed
     def collect(self):
         if self.over:
@@ -659,29 +661,20 @@ class Trainer:
 
 Rollout = typing.NamedTuple("Rollout", [(k, torch.Tensor) for k in ("z", "real", "act", "rew", "end")])
 
-def gumbel(*shape, device, generator):
-    return torch.zeros(shape)
-
-def imagination_noise(args, batch, num_actions, device, generator):
-    return torch.zeros(args.horizon), torch.zeros(args.horizon)
-
-def imagine(agent, z, act, real, noise, gumbels, actions=None):
+def imagine(agent, z, act, real, horizon, actions=None):
     """Right but for the 3rd step, when it stands still. The dream ends at its 4th step."""
-    acts = torch.ones(len(z), len(noise), dtype=torch.long) if actions is None else actions
-    moves = (acts + 1.0) * (torch.arange(len(noise)) != 2)
+    acts = torch.ones(len(z), horizon, dtype=torch.long) if actions is None else actions
+    moves = (acts + 1.0) * (torch.arange(horizon) != 2)
     dreamt = z[:, -1:] + moves.cumsum(1)[..., None, None, None]
-    end = (torch.arange(len(noise)) == 3).float().expand(len(z), -1)
+    end = (torch.arange(horizon) == 3).float().expand(len(z), -1)
     whole = torch.cat([z, dreamt], 1)
     return Rollout(whole, torch.ones(whole.shape[:2], dtype=torch.bool), acts, end, end)
 
 def load_checkpoint(run_dir):
     if not (run_dir / "ckpt.pt").exists():
         raise UsageError(f"{run_dir}: no checkpoint there")
-    state = {"args": {}, "num_actions": 2, "agent": {}}
+    state = {"agent": {}}
     return state | ({"replay": 2} if (run_dir / "ckpt.pt").read_text() == "replay" else {})
-
-def resolve_device(device):
-    return torch.device("cpu")
 
 def evaluate_policy(agent, env_id, num_episodes, seed):
     returns = [float(seed + i) for i in range(num_episodes)]
@@ -836,7 +829,7 @@ def test_ctrl_c_ends_without_a_traceback(fork, monkeypatch, capsys):
 TINY = dict(
     env_id="tests.toy:Catch-v0", image_size=16, encoder_channels=(8, 8, 8, 4), denoiser_channels=16, cond_channels=32,
     reward_end_channels=8, lstm_dim=16, actor_critic_channels=(8, 8), horizon=3, batch_size=4, total_steps=60,
-    collect_steps=(40, 20), first_collect_max=40, final_epochs=1, world_model_updates=(4, 2), actor_critic_updates=(3, 2),
+    collect_steps=(40, 20), final_epochs=1, world_model_updates=(4, 2), actor_critic_updates=(3, 2),
     eval_episodes=3, device="cpu", preset="small",
 )  # fmt: skip
 
