@@ -188,9 +188,7 @@ def make_env(env_id: str, seed: int, image_size: int = 64) -> gym.Env:
 
 
 # ------------------------------------- Replay: uint8, preallocated on the training device, so that a batch is one index
-class Batch(NamedTuple):
-    """T consecutive frames around an anchor. Outside its episode is padding, of which nothing may enter a loss."""
-
+class Batch(NamedTuple):  # T consecutive frames around an anchor. Outside its episode is padding, which no loss may see
     obs: Tensor  # [B, T, 3, S, S] uint8
     act: Tensor  # [B, T] long, 0 where step is False
     rew: Tensor  # [B, T] float, sign of the reward that followed act
@@ -639,7 +637,7 @@ def evaluate_policy(agent: Agent, env_id: str, num_episodes: int, seed: int) -> 
         "frame_skip": FRAME_SKIP if atari else 1, "sticky_actions": envs[0].spec.kwargs.get("repeat_action_probability", 0.0),
         "checkpoint": "last", "life_loss_ends_episode": False, "reward_clipping": False, "eval_seed": seed,
     }  # fmt: skip
-    return vars(args) | {
+    return {name: getattr(args, name) for name in ("env_id", "exp_name", "seed", "preset", "device")} | {
         "game": game_name(env_id), "returns": returns, "lengths": [int(game["l"]) for game in games], "protocol": protocol,
         "mean_return": float(np.mean(returns)), "std_return": float(np.std(returns)),
         "versions": {package.__name__: package.__version__ for package in (torch, gym, ale_py, np)},
@@ -733,8 +731,7 @@ class Trainer:
             self.buffer.add(self.obs)
         z = self.agent.encoder(torch.from_numpy(self.obs).to(self.device)[None, None])  # [1, 1, C, h, w]
         logits, _, self.lstm_state = self.agent.actor_critic(z, None, self.lstm_state)  # [1, 1, A]
-        logits = logits * (torch.rand((), device=self.device) >= self.args.epsilon)  # else uniform
-        act = int(F.gumbel_softmax(logits).argmax())  # the only sync of a step
+        act = int(F.gumbel_softmax(logits * (torch.rand((), device=self.device) >= self.args.epsilon)).argmax())
         self.obs, rew, terminated, truncated, info = self.env.step(act)
         life_lost, self.lives = info.get("lives", 0) < self.lives, info.get("lives", 0)
         self.buffer.add(self.obs, act, float(rew), terminated or life_lost)
@@ -858,6 +855,10 @@ class Trainer:
             if phase == "collect" and target > before:  # on new steps, which no update has seen; the last frame has no action
                 newest, sizes = min(1000, target - before) + 1, (self.args.num_conditioning_steps - 1, self.args.horizon + 1)
                 metrics = self.measured = measure(self.agent, self.buffer.sample(64, *sizes, newest=newest))
+                if epoch and metrics["world_model/error_1"] > 1:
+                    print("warning: imagination is worse than 'no change': the policy learns from a wrong world")
+                if metrics["latent/change_rms"] < 0.05 * self.args.sigma_data:
+                    print("warning: hardly anything moves in the latent: the encoder is collapsing")
             self.stage, self.sums = self.stage + 1, {}
             self.log(metrics | {"charts/epoch": epoch + 1, "charts/hours": self.seconds / 3600})
 
@@ -867,14 +868,11 @@ class Trainer:
             if not torch.isfinite(value):  # a sum never forgets it
                 raise UsageError(f"{key} is {float(value)} at {place}, or shortly before; lower the learning rate")
         planned = sum(self.amount(phase, self.num_epochs - 1) for phase in PHASES[1:])  # updates, which take nearly all time
-        minutes = self.seconds / 60 * (planned / max(1e-9, self.done["world_model"] + self.done["actor_critic"]) - 1)
+        done = self.done["world_model"] + self.done["actor_critic"]
+        to_go = f"{self.seconds / 60 * (planned / done - 1):,.1f}" if done else "?"
         error, found = (self.measured.get(f"world_model/{key}", math.nan) for key in ("error_1", "rewards_found"))
         known = f"return {np.mean(self.returns or math.nan):.2f} error {error:.2f} rewards found {found:.2f}"
-        print(f"{place}, {minutes:,.1f} min to go | {known}", flush=True)
-        if self.stage > 2 and error > 1:
-            print("warning: one step ahead imagination is worse than 'no change': the policy learns from a wrong world")
-        if self.measured.get("latent/change_rms", 1.0) < 0.05 * self.args.sigma_data:
-            print("warning: hardly anything moves in the latent: the encoder is collapsing")
+        print(f"{place}, {to_go} min to go | {known}", flush=True)
 
     def checkpoint(self) -> None:
         state = {name: part.state_dict() for name, part in self.parts.items()} | {"rng": self.random.get_rng_state()}
@@ -890,7 +888,7 @@ def main(args: Args) -> dict:
     try:
         device = torch.zeros(1, device=args.device).device
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {args.device}: not available here ({str(error).splitlines()[0]})") from None
+        raise UsageError(f"--device {args.device}: not available, try --device cpu ({str(error).splitlines()[0]})") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)  # streams and graphs live on the current device
     torch.set_float32_matmul_precision("high")  # on CUDA, TF32 for what --bf16 leaves in float32

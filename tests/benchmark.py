@@ -53,6 +53,7 @@ def prepare(phase: str, args: jedi.Args, device: torch.device):
     rng, num_actions = np.random.default_rng(0), int(jedi.make_env(args.env_id, 0, args.image_size).action_space.n)
     trainer = jedi.Trainer(args, num_actions, device)
     frames = rng.integers(0, 256, (501, 3, args.image_size, args.image_size), dtype=np.uint8)
+    trainer.buffer = jedi.ReplayBuffer(dataclasses.replace(args, total_steps=len(frames)), device)
     trainer.buffer.add(frames[0])
     for frame in frames[1:]:
         trainer.buffer.add(frame, int(rng.integers(num_actions)), float(rng.integers(-1, 2)))

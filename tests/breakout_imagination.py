@@ -74,7 +74,7 @@ def record(num_steps: int, seed: int, args: jedi.Args, device: torch.device, bra
 def measure(agent: jedi.Agent, train, held_out, device: torch.device) -> dict:
     """The numbers of the docstring at the top, for one state of the networks."""
     (buffer, ram, _), (test, test_ram, branches) = train, held_out
-    args, steps = agent.args, agent.args.num_conditioning_steps
+    steps = agent.args.num_conditioning_steps
     encode = lambda obs: torch.cat([agent.encoder(chunk) for chunk in obs.split(256)])  # noqa: E731  [N, C, h, w]
     slots = torch.nonzero(ram[:, 2] > 0).squeeze(1)  # ball in play
     features, targets = encode(buffer.obs[slots]).flatten(1).double(), ram[slots].double()

@@ -195,7 +195,7 @@ def test_frames_that_flash_do_not_hide_the_others():
     args = tiny()
     encoder, obs = make_agent(args).encoder, torch.full((32, 4, 3, 16, 16), 90, dtype=torch.uint8)
     obs[..., 2:6, 2:6] = torch.randint(60, 120, (32, 4, 1, 1, 1), dtype=torch.uint8)
-    obs[:4, 1] = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    obs[:4, 1] = 255
     flash = torch.zeros(32, 4, dtype=torch.bool)
     flash[:4, 1] = True
     rms = encoder(obs, torch.ones(32, 4, dtype=torch.bool)).square().mean((2, 3, 4)).sqrt()  # [32, 4]
@@ -626,14 +626,15 @@ def test_actions_that_do_not_start_at_zero():
 
 def test_evaluation_gives_every_game_an_environment(monkeypatch):
     seen, agent, clock = [], make_agent(tiny(image_size=32)), itertools.count(100, 11)  # due for a line after every step
+    torch.nn.init.zeros_(agent.actor_critic.actor.weight)  # nearly uniform: games differ
     monkeypatch.setattr(jedi, "time", types.SimpleNamespace(time=lambda: next(clock)))
     monkeypatch.setattr(
         jedi, "print", lambda line, **_: seen.append(re.fullmatch(r"  (\d)/7 games played", line)[1]), raising=False
     )
-    games = jedi.evaluate_policy(agent, "tests.toy:Catch-v0", 7, 0)
+    games = jedi.evaluate_policy(agent, "tests.toy:Catch-v0", 7, 2)
     assert len(games["returns"]) == len(games["lengths"]) == 7 and len(seen) == max(games["lengths"]) > min(games["lengths"])
     assert list(map(int, seen)) == [sum(length <= t for length in games["lengths"]) for t in range(1, len(seen) + 1)]
-    assert games == jedi.evaluate_policy(agent, "tests.toy:Catch-v0", 7, 0)
+    assert games == jedi.evaluate_policy(agent, "tests.toy:Catch-v0", 7, 2)
     assert games["returns"] != jedi.evaluate_policy(agent, "tests.toy:Catch-v0", 7, 1)["returns"]
 
 
@@ -1255,9 +1256,9 @@ def test_a_run_directory_takes_its_own_run_only(finished_copy, monkeypatch, caps
 
 
 def test_evaluate_refuses_another_agent(finished_copy, tmp_path, capsys):
-    state = torch.load(finished_copy / "ckpt.pt", weights_only=True)
+    args = json.loads((finished_copy / "args.json").read_text())
     for changes, reason in (({"lstm_dim": 8}, "size mismatch"), ({"no_such_field": 1}, "no_such_field")):
-        torch.save(state | {"args": state["args"] | changes}, finished_copy / "ckpt.pt")
+        (finished_copy / "args.json").write_text(json.dumps(args | changes))
         assert evaluate.main(["--checkpoint", str(finished_copy), "--device", "cpu"]) == 2
         assert re.search(f"another jedi.py .*{reason}.*use the one in there", capsys.readouterr().err)
     assert evaluate.main(["--checkpoint", str(tmp_path / "nowhere")]) == 2
@@ -1294,7 +1295,7 @@ def test_what_a_run_prints(finished):
     done = [("collect", 40), ("world_model", 4), ("actor_critic", 3), ("collect", 60), ("world_model", 6), ("actor_critic", 5)]
     done += [("world_model", 8), ("actor_critic", 7)]  # the last epoch collects nothing
     for line, epoch, (phase, n) in zip(status, (1, 1, 1, 2, 2, 2, 3, 3), done, strict=True):
-        assert re.fullmatch(rf"epoch {epoch}/3 {phase} {n}/{n}, [\d.]+ min to go \| {found}", line) and len(line) <= 100, line
+        assert re.fullmatch(rf"epoch {epoch}/3 {phase} {n}/{n}, ([\d.]+|\?) min to go \| {found}", line) and len(line) <= 100, line
     assert " 0.0 min to go" in status[-1]
     assert lines[-1].startswith("score ")
 
@@ -1314,7 +1315,7 @@ def test_a_fork_is_stopped_and_goes_on_as_itself(tmp_path):
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process = subprocess.Popen([sys.executable, "jedi_x.py", *words], **options, **pipes)
     for line in process.stdout:
-        if line.startswith("epoch 1/"):
+        if line.startswith("epoch 2/"):
             break
     process.send_signal(signal.SIGINT)
     rest, error = process.communicate(timeout=600)
@@ -1391,7 +1392,7 @@ def test_imagination_compiles_once(monkeypatch):
     """One graph for all steps of all rollouts: nothing about its input changes from one to the next."""
     graphs, compile_ = [], torch.compile
 
-    def count(graph, example_inputs):
+    def count(graph, example_inputs, **options):
         graphs.append(graph)
         return graph.forward
 
@@ -1402,25 +1403,23 @@ def test_imagination_compiles_once(monkeypatch):
     for _ in range(3):
         batch = trainer.batch("actor_critic")
         z = trainer.agent.encoder(batch.obs).detach()
-        noise = jedi.imagination_noise(args, len(z), 3, CPU)
-        jedi.imagine(trainer.agent, z, batch.act, batch.real, *noise, step=trainer.imagine_step)
+        jedi.imagine(trainer.agent, z, batch.act, batch.real, args.horizon, step=trainer.imagine_step)
     assert len(graphs) == 1
 
 
 @pytest.mark.slow
-def test_compiled_equals_eager():
+def test_compiled_equals_eager(monkeypatch):
     """Inductor on the CPU: losses, gradients and the sampler on the same noise."""
     args = tiny()
-    batch, randomness = None, jedi.imagination_noise(args, 4, 3, CPU, torch.Generator().manual_seed(1))
+    monkeypatch.setattr(torch._inductor.config, "fallback_random", True)  # the random numbers of eager mode
     outcomes = []
     for compile_ in (False, True):
         trainer = make_trainer(dataclasses.replace(args, compile=compile_))
         agent, batch = trainer.agent, trainer.batch("world_model", torch.Generator().manual_seed(0))
-        blur = torch.randn(*batch.real.shape, *agent.encoder.center.shape, generator=torch.Generator().manual_seed(2))
-        loss, _ = trainer.world_model_loss(agent, batch, *loss_inputs(args, 4), blur)
+        loss, _ = seeded(trainer.world_model_loss, agent, batch)
         loss.backward()
         context = agent.encoder(batch.obs[:, :4]).detach(), batch.act[:, :4], batch.real[:, :4]
-        rollout = jedi.imagine(agent, *context, *randomness, step=trainer.imagine_step)
+        rollout = seeded(functools.partial(jedi.imagine, step=trainer.imagine_step), agent, *context, args.horizon)
         policy_loss, _ = trainer.actor_critic_loss(agent, rollout)
         policy_loss.backward()
         outcomes.append([loss, policy_loss, rollout.z, *(parameter.grad for parameter in agent.parameters())])
