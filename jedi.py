@@ -226,7 +226,7 @@ class ReplayBuffer:
         recency = torch.tensor(self.args.recency_weights, device=self.device)  # [parts]
         part = len(recency) - 1 - (episode[-1] - episode) * len(recency) // (episode[-1] + 1)  # [slots] the newest in the last
         weights = recency[part] * step / torch.zeros_like(recency).index_add_(0, part, step.float()).clamp(min=1)[part]
-        # DEVIATES: half of the anchors are drawn among the steps that a reward follows in time: else R learns of few rewards
+        # DEVIATES: half of the anchors are drawn among the steps that a reward follows within H; else R learns of few
         next_one = torch.where(self.rew[: self.size] != 0, slot, self.size - 1).flip(0).cummin(0).values.flip(0)  # [slots]
         near = weights * ((self.rew[next_one] != 0) & (next_one - slot < self.args.horizon) & (first[next_one] == first))
         return weights / weights.sum() + near / near.sum().clamp(min=1e-9)

@@ -314,7 +314,26 @@ def test_recency_weights():
     assert parts == pytest.approx([0.1, 0.1, 0.1, 0.7], abs=0.01)
 
 
-def test_replay_grows_when_episodes_are_short():
+def test_half_of_the_anchors_come_before_a_reward():
+    """Within the horizon of their own episode; what is left is uniform. Without any reward all are uniform."""
+    args = tiny(horizon=5, recency_weights=(1.0,))
+    buffer = jedi.ReplayBuffer(dataclasses.replace(args, total_steps=200), CPU)
+    for episode in range(2):
+        buffer.add(np.full((3, 16, 16), 0, np.uint8))
+        for t in range(100):
+            buffer.add(np.full((3, 16, 16), t + 1, np.uint8), 0, -2.0 * (episode == 1 and t in (2, 50)))
+    weights = buffer.anchor_weights() / buffer.anchor_weights().sum()
+    near = torch.zeros(202, dtype=torch.bool)
+    near[101:104], near[147:152] = True, True  # actions 0 to 2 and 46 to 50 of the second episode
+    assert weights[near].tolist() == pytest.approx([0.5 / 8 + 0.5 / 200] * 8)
+    others = buffer.has_step[:202] & ~near
+    assert weights[others].tolist() == pytest.approx([0.5 / 200] * 192) and not weights[~buffer.has_step[:202]].any()
+    buffer.rew.zero_()
+    weights = buffer.anchor_weights() / buffer.anchor_weights().sum()
+    assert weights[buffer.has_step[:202]].tolist() == pytest.approx([1 / 200] * 200)
+
+
+def test_many_short_episodes():
     buffer = filled_buffer(tiny(), episodes=((1, True),) * 40)
     batch = buffer.sample(200, 2, 2, torch.Generator().manual_seed(0))
     assert buffer.size == 80 and (batch.real.sum(1) == 2).all()  # each one the only step's frame and the final one
@@ -444,6 +463,17 @@ def test_imagination_follows_given_actions_and_samples_the_policy():
     other = seeded(jedi.imagine, agent, z, batch.act, batch.real, 6, (rollout.act + 1) % 3)
     rollout = again
     assert torch.equal(other.z[:, :4], rollout.z[:, :4]) and not torch.equal(other.z[:, 4], rollout.z[:, 4])
+
+
+def test_an_imagined_reward_is_expected_and_an_end_is_drawn():
+    """R's logits are the same everywhere: probabilities 0.1, 0.3, 0.6 of -1, 0, 1, and 0.8, 0.2 of going on and of an end."""
+    args = tiny()
+    agent, batch = make_agent(args), filled_buffer(args).sample(2000, 3, 0, torch.Generator().manual_seed(0))
+    torch.nn.init.zeros_(agent.reward_end.head[-1].weight)
+    agent.reward_end.head[-1].bias.data = torch.tensor([0.1, 0.3, 0.6, 0.8, 0.2]).log()
+    rollout = seeded(jedi.imagine, agent, agent.encoder(batch.obs), batch.act, batch.real, args.horizon)
+    torch.testing.assert_close(rollout.rew, torch.full_like(rollout.rew, 0.5))
+    assert set(rollout.end.unique().tolist()) == {0.0, 1.0} and rollout.end.mean().item() == pytest.approx(0.2, abs=0.02)
 
 
 def segments_to_measure(*episodes: tuple[int, bool]):
