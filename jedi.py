@@ -52,7 +52,7 @@ class Args:
     preset: Literal["paper", "small"] = "paper"  # the published experiment, or one for a CPU; without: by device
     seed: int = 1  # of every random number; on a CPU it determines the run bit for bit
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda, cuda:1, mps
-    compile: bool | None = None  # torch.compile, and on CUDA one graph per update; None: on CUDA, unless it fails there
+    compile: bool | None = None  # torch.compile, on CUDA with CUDA graphs; None: on CUDA, unless it fails there
     bf16: bool | None = None  # bfloat16 in the convolutions of all networks but the encoder; None: on CUDA
     exp_name: str = "jedi"  # name of the method in the run directory and in the result; change it in a fork
     runs_dir: str = "runs"  # a run lives in <runs-dir>/<game>__<exp-name>__<seed>
@@ -82,9 +82,9 @@ class Args:
     ent_coef: float = 0.001  # eta, weight of the policy's entropy in nats [D]
     batch_size: int = 32  # B, replayed segments per update; the paper reports the better of 32 and 64 per game [P]
     learning_rate: float = 1e-4  # AdamW's rate for all networks but the encoder [D]
-    warmup_updates: tuple[int, int] = (100, 100)  # linear warm-up of all rates [D]; the encoder's, who should follow late [O]
+    warmup_updates: tuple[int, int] = (100, 100)  # linear warm-up of rates [D]; of the encoder's, which must follow the denoiser [O]
     lr_decay: float = 0.0  # share of all updates, at the end, over which rates fall to 0, ent_coef as their square [D]
-    max_grad_norm: tuple[float, float, float] = (1.0, 100.0, 100.0)  # of encoder and denoiser, of R, of the actor-critic [D]
+    max_grad_norm: tuple[float, float, float] = (1.0, 100.0, 100.0)  # of encoder, denoiser; of R; of the actor-critic [D]
     # Schedule, in agent steps of 4 frames: 100,000 of them are the 400k frames of "Atari 100k". Pairs: first epoch, later ones
     total_steps: int = 100_000  # agent steps in the environment [D]
     collect_steps: tuple[int, int] = (5_000, 100)  # agent steps per epoch [D]
