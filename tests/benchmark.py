@@ -176,7 +176,7 @@ def show(report: dict, args: jedi.Args) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="auto", help="auto, cuda or cpu")
+    parser.add_argument("--device", default=jedi.Args.device, help="cuda or cpu")
     parser.add_argument("--preset", choices=("paper", "small"), help="default: paper on CUDA, else small")
     parser.add_argument("--env-id", default="Breakout")
     parser.add_argument("--phases", default=",".join(PHASES), help="some of " + ", ".join(PHASES))
