@@ -59,7 +59,13 @@ agent_optimal (AO): 13 games of highest mean HNS of IRIS, TWM, DreamerV3, STORM;
 sym_hns: Sym-HNS, 2 HO AO / (HO + AO), or the lower half if one is <= 0. This definition is OURS, see README"""
 RESAMPLES = 50_000
 LOOKS = {"checkpoint": ".json", "imagine": ".png", "dream": ".gif", "video": ".gif"}  # what they write
-outcome = lambda rew, end: f"{round(float(rew)):+} " * bool(round(float(rew))) + (end if type(end) is str else "END" * bool(end))  # noqa: E731
+
+
+def outcome(rew, end):
+    """A reward, if it is nearer to 1 than to 0 (an imagined one is an expectation), and a mark."""
+    return f"{round(float(rew)):+} " * bool(round(float(rew))) + (end if type(end) is str else "END" * bool(end))
+
+
 show = lambda score: f"{score:.0f}" if abs(score) >= 100 else f"{score:.1f}"  # noqa: E731
 
 
@@ -399,7 +405,7 @@ def look(options, command, path, picture=None):
     run, start = Run(path, options.device, options.seed), time.time()
     if command == "checkpoint":
         result = run.source.evaluate_policy(run.agent, run.args.env_id, total, options.seed)
-        steps = int(run.replay.has_step.sum()) or run.args.total_steps  # weights without their replay are those of a finished run
+        steps = int(run.replay.has_step.sum()) or run.args.total_steps  # without a replay it has finished
         result |= {"global_step": steps, "wall_time_s": time.time() - start}
         print(f"{result['game']}, mean return {result['mean_return']:.2f} of {total} games", flush=True)
         if out:
@@ -423,7 +429,8 @@ def look(options, command, path, picture=None):
         title = f"step {i + 1}   {names[act]}   value {value:.2f}   score {score:.4g}"
         pages.append(draw([[(frame, outcome(rew, mark), "gray")]], 384, title))
     marks = [mark for *_, mark, _ in film]
-    print(f"{len(film)} steps, {marks.count('END')} ends, {marks.count('TRUNCATED')} truncations, score {score:.4g}", flush=True)
+    ends = f"{marks.count('END')} ends, {marks.count('TRUNCATED')} truncations"
+    print(f"{len(film)} steps, {ends}, score {score:.4g}", flush=True)
     times = [*(1500 if mark else 120 for mark in marks[:-1]), 3000]  # ms; the last frame is held
     pages[0].save(out, "GIF", save_all=True, append_images=pages[1:], duration=times, loop=0)
 

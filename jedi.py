@@ -82,7 +82,7 @@ class Args:
     ent_coef: float = 0.001  # eta, weight of the policy's entropy in nats [D]
     batch_size: int = 32  # B, replayed segments per update; the paper reports the better of 32 and 64 per game [P]
     learning_rate: float = 1e-4  # AdamW's rate for all networks but the encoder [D]
-    warmup_updates: tuple[int, int] = (100, 100)  # linear warm-up of rates [D]; of the encoder's, which follows the denoiser [O]
+    warmup_updates: tuple[int, int] = (100, 100)  # linear warm-up of rates [D]; of the encoder's, late [O]
     lr_decay: float = 0.0  # share of all updates, at the end, over which rates fall to 0, ent_coef as their square [D]
     max_grad_norm: tuple[float, float, float] = (1.0, 100.0, 100.0)  # of encoder, denoiser; of R; of the actor-critic [D]
     # Schedule, in agent steps of 4 frames: 100,000 of them are the 400k frames of "Atari 100k". Pairs: first epoch, later ones

@@ -557,7 +557,9 @@ def test_life_loss_ends_the_learning_episode_while_the_game_goes_on():
         assert trainer.done["collect"] < 2000
     buffer = trainer.buffer
     ends, first = buffer.end[: buffer.size].nonzero().flatten(), buffer.first[: buffer.size]
-    assert len(ends) == 5 and game["l"] == buffer.has_step.sum() == buffer.size - 5  # five lives of one game, a final frame each
+    assert (
+        len(ends) == 5 and game["l"] == buffer.has_step.sum() == buffer.size - 5
+    )  # five lives of one game, a final frame each
     for end in ends[:-1]:  # the next life goes on from the frame at which the last one ended
         assert first[end + 2] == end + 2 and torch.equal(buffer.obs[end + 1], buffer.obs[end + 2])
 
@@ -1325,7 +1327,9 @@ def test_what_a_run_prints(finished):
     done = [("collect", 40), ("world_model", 4), ("actor_critic", 3), ("collect", 60), ("world_model", 6), ("actor_critic", 5)]
     done += [("world_model", 8), ("actor_critic", 7)]  # the last epoch collects nothing
     for line, epoch, (phase, n) in zip(status, (1, 1, 1, 2, 2, 2, 3, 3), done, strict=True):
-        assert re.fullmatch(rf"epoch {epoch}/3 {phase} {n}/{n}, ([\d.]+|\?) min to go \| {found}", line) and len(line) <= 100, line
+        assert (
+            re.fullmatch(rf"epoch {epoch}/3 {phase} {n}/{n}, ([\d.]+|\?) min to go \| {found}", line) and len(line) <= 100
+        ), line
     assert " 0.0 min to go" in status[-1]
     assert lines[-1].startswith("score ")
 
