@@ -6,8 +6,8 @@
 
 Yardsticks that do not depend on the encoder's own units, on play that was held out: where paddle, ball row and ball column are
 in the imagined latent 1 and 5 steps ahead, read off by a linear probe fitted on real latents (share exactly right; guessing:
-an eighth), and the share of the rewards that R finds inside imagination: of all, of the catches, and of the near misses (the ball
-falls beside the paddle). `floor` is the probe on the real future latent. The encoder warms up over a quarter of the updates.
+an eighth), and the probability that R gives, inside imagination, to what really happens: to the catches, and to the near misses (the
+ball falls beside the paddle). `floor` is the probe on the real future latent. The encoder warms up over a quarter of the updates.
 """
 
 import argparse
@@ -144,8 +144,11 @@ def measure(jedi, trainer, fit, held_out) -> dict[str, float]:
             result |= {f"{name}_{h}_{where}": value for name, value in zip(("paddle", "ball_row", "ball_column"), right)}
     screen = read_screen(batch.obs[:, steps : steps + args.horizon].flatten(0, 1)).unflatten(0, rew.shape)  # [B, H, 3]
     beside = (screen[..., 0] - screen[..., 2]).abs() == 2  # [B, H]
+    acts = torch.cat([batch.act[:, : steps - 1], act], 1)  # [B, L+H-1]
+    rew_logits, _, _ = agent.reward_end(imagined.z[:, :-1], acts, imagined.z[:, 1:], imagined.real[:, :-1])
+    known = rew_logits[:, steps - 1 :].softmax(-1).gather(-1, rew.long()[..., None] + 1).squeeze(-1)  # [B, H]
     for name, event in (("catches_found", rew == 1), ("near_misses_found", (rew == -1) & beside)):
-        result[name] = float((1 - (imagined.rew - rew).abs())[event & step].double().mean())
+        result[name] = float(known[event & step].double().mean())
     state = ("paddle_1", "ball_row_1", "ball_column_1", "paddle_5", "ball_row_5", "ball_column_5")
     result["state_right"] = float(np.mean([result[f"{name}_imagined"] for name in state]))
     return result
