@@ -135,7 +135,9 @@ class AtariGame(gym.Wrapper):
     def reset(self, **kwargs):
         obs, info = self.env.reset(**kwargs)
         for _ in range(self.unwrapped.np_random.integers(1, NOOP_MAX + 1)):
-            obs, *_, info = self.env.step(0)
+            obs, _, terminated, truncated, info = self.env.step(0)
+            if terminated or truncated:
+                obs, info = self.env.reset()
         return obs, info
 
     def step(self, action):
@@ -221,15 +223,11 @@ class ReplayBuffer:
     def anchor_weights(self) -> Tensor:
         """[slots]: the episodes are cut into equal parts, oldest to newest; a part is drawn by recency, then a step of it."""
         # DEVIATES: uniform over the part's steps; DIAMOND draws an episode of the part, then a step of it
-        slot, step, first = (torch.arange(self.size, device=self.device), self.has_step[: self.size], self.first[: self.size])
-        episode = (first == slot).cumsum(0) - 1  # [slots]
+        step, first = self.has_step[: self.size], self.first[: self.size]  # [slots]
+        episode = (first == torch.arange(self.size, device=self.device)).cumsum(0) - 1  # [slots]
         recency = torch.tensor(self.args.recency_weights, device=self.device)  # [parts]
         part = len(recency) - 1 - (episode[-1] - episode) * len(recency) // (episode[-1] + 1)  # [slots] the newest in the last
-        weights = recency[part] * step / torch.zeros_like(recency).index_add_(0, part, step.float()).clamp(min=1)[part]
-        # DEVIATES: half of the anchors are drawn among the steps that a reward follows within H; else R learns of few
-        next_one = torch.where(self.rew[: self.size] != 0, slot, self.size - 1).flip(0).cummin(0).values.flip(0)  # [slots]
-        near = weights * ((self.rew[next_one] != 0) & (next_one - slot < self.args.horizon) & (first[next_one] == first))
-        return weights / weights.sum() + near / near.sum().clamp(min=1e-9)
+        return recency[part] * step / torch.zeros_like(recency).index_add_(0, part, step.float()).clamp(min=1)[part]
 
     def sample(self, batch_size: int, before: int, after: int, generator=None, newest: int | None = None) -> Batch:
         """Segments of `before` frames, an anchor with an action, `after` frames. `newest`: anchors uniform among so many."""

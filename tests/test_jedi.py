@@ -314,25 +314,6 @@ def test_recency_weights():
     assert parts == pytest.approx([0.1, 0.1, 0.1, 0.7], abs=0.01)
 
 
-def test_half_of_the_anchors_come_before_a_reward():
-    """Within the horizon of their own episode; what is left is uniform. Without any reward all are uniform."""
-    args = tiny(horizon=5, recency_weights=(1.0,))
-    buffer = jedi.ReplayBuffer(dataclasses.replace(args, total_steps=200), CPU)
-    for episode in range(2):
-        buffer.add(np.full((3, 16, 16), 0, np.uint8))
-        for t in range(100):
-            buffer.add(np.full((3, 16, 16), t + 1, np.uint8), 0, -2.0 * (episode == 1 and t in (2, 50)))
-    weights = buffer.anchor_weights() / buffer.anchor_weights().sum()
-    near = torch.zeros(202, dtype=torch.bool)
-    near[101:104], near[147:152] = True, True  # actions 0 to 2 and 46 to 50 of the second episode
-    assert weights[near].tolist() == pytest.approx([0.5 / 8 + 0.5 / 200] * 8)
-    others = buffer.has_step[:202] & ~near
-    assert weights[others].tolist() == pytest.approx([0.5 / 200] * 192) and not weights[~buffer.has_step[:202]].any()
-    buffer.rew.zero_()
-    weights = buffer.anchor_weights() / buffer.anchor_weights().sum()
-    assert weights[buffer.has_step[:202]].tolist() == pytest.approx([1 / 200] * 200)
-
-
 def test_many_short_episodes():
     buffer = filled_buffer(tiny(), episodes=((1, True),) * 40)
     batch = buffer.sample(200, 2, 2, torch.Generator().manual_seed(0))
