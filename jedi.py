@@ -11,6 +11,7 @@ z latent, act action, rew sign of the reward, end of a life; real: the frame is 
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import importlib
@@ -789,8 +790,7 @@ class Trainer:
             buffer.copy_(torch.stack(values).mean(0))
 
     def open(self) -> dict | None:
-        """Goes on from the checkpoint, if there is one. Returns the result of a run that has finished. Raises UsageError for a
-        directory that holds another run than is asked for."""
+        """Goes on from a checkpoint. Returns the result of a finished run. Raises UsageError for another run's directory."""
         self.dir.mkdir(parents=True, exist_ok=True)
         result, log, script = self.dir / "result.json", self.dir / "metrics.jsonl", self.dir / SCRIPT.name
         asked = json.loads(json.dumps(vars(self.args) | {"device": self.device.type}))
@@ -889,6 +889,9 @@ def main(args: Args) -> dict:
         raise UsageError(f"--device {args.device}: not available, try --device cpu ({str(error).splitlines()[0]})") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)  # streams and graphs live on the current device
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: keep large freed blocks; glibc would give them back and zero their pages anew
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
     torch.set_float32_matmul_precision("high")  # on CUDA, TF32 for what --bf16 leaves in float32
     torch.backends.cudnn.benchmark = True  # shapes are fixed: try all convolution kernels once, keep the fastest
     args = dataclasses.replace(args, device=str(device), bf16=device.type == "cuda" if args.bf16 is None else args.bf16)

@@ -4,10 +4,11 @@
     python tests/ablations.py --variants full frozen --seeds 1                    # a look, 2 minutes
     python tests/ablations.py --plot results/ablations.json results/ablations.png # needs matplotlib
 
-Yardsticks that do not depend on the encoder's own units, on play that was held out: where paddle, ball row and ball column are
-in the imagined latent 1 and 5 steps ahead, read off by a linear probe fitted on real latents (share exactly right; guessing:
-an eighth), and the probability that R gives, inside imagination, to what really happens: to the catches, and to the near misses (the
-ball falls beside the paddle). `floor` is the probe on the real future latent. The encoder warms up over a quarter of the updates.
+Yardsticks that do not depend on the encoder's own units, on play that was held out: where paddle, ball row and ball column
+are in the imagined latent 1 and 5 steps ahead, read off by a linear probe fitted on real latents (share exactly right;
+guessing: an eighth), and the probability that R gives, inside imagination, to what really happens: to the catches, and to the
+near misses (the ball falls beside the paddle). `floor` is the probe on the real future latent. The encoder warms up over a
+quarter of the updates.
 """
 
 import argparse
@@ -74,7 +75,8 @@ VARIANTS = {
                        [("z = self.args.sigma_data * (x - center) / (scale * motion)", "z = x")]),
     "mean and variance": ("the statistics are no medians", {}, MOMENTS),
     "plain batch norm": ("and the gradient flows through the standard deviation instead of the motion", {},
-                         [*MOMENTS, ("torch.nan).detach()", "torch.nan)"), ("motion = motion / motion.detach()", "motion = 1.0")]),
+                         [*MOMENTS, ("torch.nan).detach()", "torch.nan)"),
+                          ("motion = motion / motion.detach()", "motion = 1.0")]),
 }  # fmt: skip
 
 

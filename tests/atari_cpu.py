@@ -4,9 +4,9 @@
     python tests/atari_cpu.py train Krull --seed 1 --shuffled  # the control: the world model cannot know what actions do
     python tests/atari_cpu.py gather runs --out results/atari_cpu.json --plot results/atari_cpu.png  # plays random games, too
 
-`train` is `python jedi.py --env-id <game> --seed <seed>` with the flags below; --shuffled permutes the actions within each batch of
-the world model. `gather` reads finished runs: final full games, as many games of the uniform policy under the same protocol, the
-human-normalised score, and how many standard errors of their difference the policy is above the uniform one.
+`train` is `python jedi.py --env-id <game> --seed <seed>` with the flags below; --shuffled permutes the actions within each
+batch of the world model. `gather` reads finished runs: final full games, as many games of the uniform policy under the same
+protocol, the human-normalised score, and how many standard errors of their difference the policy is above the uniform one.
 """
 
 import argparse
@@ -84,8 +84,8 @@ def plot(runs: list[dict], path: pathlib.Path) -> None:
             steps, returns = np.array(run["curve"]).T
             label = f"{'shuffled actions' if run['control'] else 'learned'}, seed {run['seed']}"
             axes.plot(steps, returns, ".-", color=f"C{i}", alpha=0.4, linewidth=1)
-            axes.errorbar(run["global_step"] * 1.03, np.mean(run["returns"]), np.std(run["returns"]) / len(run["returns"]) ** 0.5,
-                          fmt="s", color=f"C{i}", capsize=3, label=label)  # fmt: skip
+            mean, error = np.mean(run["returns"]), np.std(run["returns"]) / len(run["returns"]) ** 0.5
+            axes.errorbar(run["global_step"] * 1.03, mean, error, fmt="s", color=f"C{i}", capsize=3, label=label)
             axes.axhline(np.mean(run["random_returns"]), color=f"C{i}", linestyle=":", linewidth=1)
         axes.set(title=jedi.game_name(game), xlabel="agent steps", ylabel="return of a full game")
         axes.legend(fontsize=8)

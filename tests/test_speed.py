@@ -75,6 +75,24 @@ def test_cuda_graphs_equal_eager():
 # --------------------------------------------------------------------------------------------------------------------
 # The process
 # --------------------------------------------------------------------------------------------------------------------
+def test_freed_memory_is_kept(tmp_path):
+    """Filling 64 MiB again costs a page fault per 4 KiB, or none once a run has begun. (Huge pages would hide the former.)"""
+    script = (
+        "import resource, sys, torch, jedi\n"
+        "jedi.main(jedi.parse_args(sys.argv[1:]))\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(3):\n"
+        "    torch.ones(2**24).sum()\n"
+        "before = faults()\n"
+        "for _ in range(10):\n"
+        "    torch.ones(2**24).sum()\n"
+        "print(faults() - before)\n"
+    )
+    command = [sys.executable, "-c", script, *flags(runs_dir=tmp_path, total_steps=40, final_epochs=0, eval_episodes=1)]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(out.stdout.split()[-1]) < 40_000, out.stdout  # 163,840 otherwise; a block in ten may have to move
+
+
 @pytest.mark.parametrize("phase", benchmark.PHASES)
 def test_benchmark_runs_every_phase(phase):
     benchmark.prepare(phase, tiny(), torch.device("cpu"))()
