@@ -104,7 +104,7 @@ SMALL = dict(
     image_size=32, encoder_channels=(8, 16, 32, 16), encoder_lr_scale=0.05, num_autoregressive_steps=4, denoiser_channels=48,
     cond_channels=128, reward_end_channels=16, lstm_dim=128, actor_critic_channels=(16, 32), horizon=10, ent_coef=0.05,
     batch_size=24, learning_rate=1.5e-3, warmup_updates=(100, 300), lr_decay=1.0, max_grad_norm=(1.0, 100.0, 1.0),
-    total_steps=12_000, collect_steps=(4_000, 800), world_model_updates=(600, 40), actor_critic_updates=(60, 80),
+    total_steps=10_400, collect_steps=(4_000, 800), world_model_updates=(600, 40), actor_critic_updates=(60, 80),
     final_epochs=0, eval_episodes=50,
 )  # fmt: skip
 MAY_BE_ZERO = """seed checkpoint_minutes recency_weights encoder_lr_scale reward_end_noise gamma td_lambda ent_coef
