@@ -355,8 +355,8 @@ class Encoder(nn.Module):
 
 
 # ----------------------------------------------------- Latent diffusion dynamics D: EDM (Karras et al. 2022) on latents
-def karras_sigmas(n: int, sigma_min: float = 2e-3, sigma_max: float = 5.0, rho: float = 7.0) -> list[float]:
-    """n noise levels from sigma_max down to sigma_min, then 0. Karras et al. 2022, Eq. 5. Constants: [D]."""
+def karras_sigmas(n: int, sigma_min: float = 2e-3, sigma_max: float = 20.0, rho: float = 7.0) -> list[float]:
+    """n noise levels from sigma_max down to sigma_min, then 0. Karras et al. 2022, Eq. 5. Constants: [D], but sigma_max."""
     lo, hi = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     return [(hi + i / max(1, n - 1) * (lo - hi)) ** rho for i in range(n)] + [0.0]
 
@@ -422,9 +422,9 @@ class Denoiser(nn.Module):
         return loss
 
     @torch.no_grad()
-    def sample(self, z_hist: Tensor, act_hist: Tensor, z: Tensor) -> Tensor:
-        """The next latent [B, C, h, w] from noise z. Karras et al. 2022, Algorithm 2: Euler steps, no churn. EDM starts from
-        noise of std sigmas[0]; DIAMOND, and so this file, from unit noise."""
+    def sample(self, z_hist: Tensor, act_hist: Tensor, noise: Tensor) -> Tensor:
+        """The next latent [B, C, h, w] from unit noise. Karras et al. 2022, Algorithm 2: Euler steps, no churn."""
+        z = self.sigmas[0] * noise  # DEVIATES: from sigma 5 and unit noise, as in DIAMOND, what is rare is hardly ever drawn
         for sigma, sigma_next in zip(self.sigmas, self.sigmas[1:]):
             c_in, c_out, c_skip, c_noise = self.precondition(torch.full((len(z),), sigma, device=z.device))
             denoised = c_skip * z + c_out * self.unet(c_in * z, c_noise, z_hist, act_hist)

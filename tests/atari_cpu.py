@@ -22,8 +22,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import evaluate  # noqa: E402
 import jedi  # noqa: E402
 
-FLAGS = """--preset small --device cpu --total-steps 30000 --collect-steps 15000 1500 --world-model-updates 1500 250
-    --actor-critic-updates 200 150 --warmup-updates 100 100 --ent-coef 0.01 --lr-decay 0.5 --eval-episodes 30""".split()
+FLAGS = """--preset small --device cpu --num-autoregressive-steps 6 --total-steps 16000 --collect-steps 6000 1000
+    --world-model-updates 1000 200 --actor-critic-updates 100 390 --warmup-updates 100 100 --ent-coef 0.01 --lr-decay 0.75
+    --eval-episodes 30""".split()
 
 
 draw = jedi.Trainer.batch

@@ -117,8 +117,8 @@ def test_karras_sigmas():
     assert jedi.karras_sigmas(1, 2e-3, 5.0, 7.0) == pytest.approx([5.0, 0.0])
 
 
-def sample(denoise, sigmas: list[float], z: torch.Tensor) -> torch.Tensor:
-    """z [N] after Denoiser.sample, in which c_skip z + c_out unet(c_in z, c_noise) = denoise(z, sigma)."""
+def sample(denoise, sigmas: list[float], noise: torch.Tensor) -> torch.Tensor:
+    """noise [N] after Denoiser.sample, in which c_skip z + c_out unet(c_in z, c_noise) = denoise(z, sigma)."""
     denoiser = make_agent(tiny(latent_bound=1e6)).denoiser
 
     def unet(z_in, c_noise, z_hist, act_hist):
@@ -128,14 +128,14 @@ def sample(denoise, sigmas: list[float], z: torch.Tensor) -> torch.Tensor:
         return (denoise(z.flatten(), float(sigma[0]))[:, None, None, None] - c_skip * z) / c_out
 
     denoiser.unet, denoiser.sigmas = unet, sigmas
-    return denoiser.sample(None, None, z[:, None, None, None]).flatten()
+    return denoiser.sample(None, None, noise[:, None, None, None]).flatten()
 
 
 def test_sampler_recovers_a_gaussian():
     mean, std = 1.5, 0.5
     noise = torch.randn(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     denoise = lambda x, sigma: (std**2 * x + sigma**2 * mean) / (std**2 + sigma**2)  # noqa: E731  E[clean | x]
-    x = sample(denoise, jedi.karras_sigmas(200, 2e-3, 80.0, 7.0), 80 * noise)
+    x = sample(denoise, jedi.karras_sigmas(200, 2e-3, 80.0, 7.0), noise)
     assert x.mean().item() == pytest.approx(mean, abs=0.03) and x.std().item() == pytest.approx(std, abs=0.03)
 
 
@@ -148,7 +148,7 @@ def test_sampler_recovers_a_mixture():
         return (posterior * (std**2 * x[:, None] + sigma**2 * modes) / var).sum(1)
 
     noise = torch.randn(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    x = sample(denoise, jedi.karras_sigmas(200, 2e-3, 80.0, 7.0), 80 * noise)
+    x = sample(denoise, jedi.karras_sigmas(200, 2e-3, 80.0, 7.0), noise)
     assert (x > 0).double().mean().item() == pytest.approx(0.7, abs=0.02)
     for mode in (-1.0, 1.0):
         near = x[(x - mode).abs() < 0.6]
