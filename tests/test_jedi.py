@@ -155,6 +155,31 @@ def test_sampler_recovers_a_mixture():
         assert near.mean().item() == pytest.approx(mode, abs=0.02) and near.std().item() == pytest.approx(std, abs=0.02)
 
 
+def test_sampler_draws_what_is_rare():
+    """Two latents, far apart in 256 dimensions, one with probability 0.1: the sampler must find it now and then."""
+    draw = torch.Generator().manual_seed(0)
+    often = 0.5 * torch.randn(256, generator=draw)
+    modes = torch.stack([often, often + 1.5 * torch.randn(256, generator=draw)])  # [2, 256]
+    agent = make_agent(tiny(latent_bound=1e6))
+
+    def share(sigmas: list[float], scale: float) -> float:
+        def unet(z_in, c_noise, z_hist, act_hist):
+            c_in, c_out, c_skip, _ = agent.denoiser.precondition((4 * c_noise).exp())
+            z, var = (z_in / c_in).flatten(1), float((4 * c_noise[0]).exp()) ** 2  # [N, 256]
+            distance = (z[:, None] - modes).square().sum(2)  # [N, 2]
+            posterior = torch.softmax(torch.tensor([0.9, 0.1]).log() - distance / (2 * var), 1)  # [N, 2]
+            return ((posterior @ modes)[..., None, None] - c_skip * z_in / c_in) / c_out
+
+        agent.denoiser.unet, agent.denoiser.sigmas = unet, sigmas
+        noise = torch.randn(4000, 256, 1, 1, generator=torch.Generator().manual_seed(1))
+        z = agent.denoiser.sample(None, None, noise * scale).flatten(1)
+        distance = (z[:, None] - modes).square().sum(2)  # [N, 2]
+        return float((distance[:, 1] < distance[:, 0]).float().mean())
+
+    assert share(jedi.karras_sigmas(3), 1.0) > 0.005  # measured: 0.012; with 50 steps from sigma 80 it would be 0.08
+    assert share(jedi.karras_sigmas(3, sigma_max=5.0), 1 / 5) == 0  # from sigma 5 and unit noise: never
+
+
 def test_sampler_denoises_once_at_every_level():
     seen = []
     x = sample(lambda x, sigma: seen.append(sigma) or x * 0 + 2, [4.0, 2.0, 1.0, 0.0], torch.zeros(1, dtype=torch.float64))
