@@ -118,36 +118,43 @@ def test_karras_sigmas():
 
 
 def sample(denoise, sigmas: list[float], noise: torch.Tensor) -> torch.Tensor:
-    """noise [N] after Denoiser.sample, in which c_skip z + c_out unet(c_in z, c_noise) = denoise(z, sigma)."""
+    """noise [N, D] after Denoiser.sample, in which c_skip z + c_out unet(c_in z, c_noise) = denoise(z, sigma)."""
     denoiser = make_agent(tiny(latent_bound=1e6)).denoiser
 
     def unet(z_in, c_noise, z_hist, act_hist):
         sigma = (4 * c_noise.double()).exp()  # [N]
         c_in, c_out, c_skip, _ = denoiser.precondition(sigma)
         z = z_in / c_in
-        return (denoise(z.flatten(), float(sigma[0]))[:, None, None, None] - c_skip * z) / c_out
+        return (denoise(z.flatten(1), float(sigma[0]))[..., None, None] - c_skip * z) / c_out
 
     denoiser.unet, denoiser.sigmas = unet, sigmas
-    return denoiser.sample(None, None, noise[:, None, None, None]).flatten()
+    return denoiser.sample(None, None, noise[..., None, None]).flatten(1)
+
+
+def mixture(modes: torch.Tensor, weights: list[float], std: float):
+    """E[clean | x] for x [N, D] = clean + sigma * noise, where clean is near one of the modes [M, D]."""
+
+    def denoise(x, sigma):
+        var = std**2 + sigma**2
+        distance = (x[:, None] - modes).square().sum(2)  # [N, M]
+        posterior = torch.softmax(torch.tensor(weights).log() - distance / (2 * var), 1)  # [N, M]
+        return (std**2 * x + sigma**2 * (posterior @ modes)) / var
+
+    return denoise
 
 
 def test_sampler_recovers_a_gaussian():
     mean, std = 1.5, 0.5
-    noise = torch.randn(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    denoise = lambda x, sigma: (std**2 * x + sigma**2 * mean) / (std**2 + sigma**2)  # noqa: E731  E[clean | x]
+    noise = torch.randn(20_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    denoise = mixture(torch.tensor([[mean]], dtype=torch.float64), [1.0], std)
     x = sample(denoise, jedi.karras_sigmas(200, 2e-3, 80.0, 7.0), noise)
     assert x.mean().item() == pytest.approx(mean, abs=0.03) and x.std().item() == pytest.approx(std, abs=0.03)
 
 
 def test_sampler_recovers_a_mixture():
-    modes, weights, std = torch.tensor([-1.0, 1.0], dtype=torch.float64), torch.tensor([0.3, 0.7], dtype=torch.float64), 0.1
-
-    def denoise(x, sigma):
-        var = std**2 + sigma**2
-        posterior = torch.softmax(weights.log() - (x[:, None] - modes) ** 2 / (2 * var), 1)  # [N, 2]
-        return (posterior * (std**2 * x[:, None] + sigma**2 * modes) / var).sum(1)
-
-    noise = torch.randn(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    std = 0.1
+    noise = torch.randn(20_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    denoise = mixture(torch.tensor([[-1.0], [1.0]], dtype=torch.float64), [0.3, 0.7], std)
     x = sample(denoise, jedi.karras_sigmas(200, 2e-3, 80.0, 7.0), noise)
     assert (x > 0).double().mean().item() == pytest.approx(0.7, abs=0.02)
     for mode in (-1.0, 1.0):
@@ -158,31 +165,18 @@ def test_sampler_recovers_a_mixture():
 def test_sampler_draws_what_is_rare():
     """Two latents, far apart in 256 dimensions, one with probability 0.1: the sampler must find it now and then."""
     draw = torch.Generator().manual_seed(0)
-    often = 0.5 * torch.randn(256, generator=draw)
-    modes = torch.stack([often, often + 1.5 * torch.randn(256, generator=draw)])  # [2, 256]
-    agent = make_agent(tiny(latent_bound=1e6))
-
-    def share(sigmas: list[float], scale: float) -> float:
-        def unet(z_in, c_noise, z_hist, act_hist):
-            c_in, c_out, c_skip, _ = agent.denoiser.precondition((4 * c_noise).exp())
-            z, var = (z_in / c_in).flatten(1), float((4 * c_noise[0]).exp()) ** 2  # [N, 256]
-            distance = (z[:, None] - modes).square().sum(2)  # [N, 2]
-            posterior = torch.softmax(torch.tensor([0.9, 0.1]).log() - distance / (2 * var), 1)  # [N, 2]
-            return ((posterior @ modes)[..., None, None] - c_skip * z_in / c_in) / c_out
-
-        agent.denoiser.unet, agent.denoiser.sigmas = unet, sigmas
-        noise = torch.randn(4000, 256, 1, 1, generator=torch.Generator().manual_seed(1))
-        z = agent.denoiser.sample(None, None, noise * scale).flatten(1)
-        distance = (z[:, None] - modes).square().sum(2)  # [N, 2]
-        return float((distance[:, 1] < distance[:, 0]).float().mean())
-
-    assert share(jedi.karras_sigmas(3), 1.0) > 0.005  # measured: 0.012; with 50 steps from sigma 80 it would be 0.08
-    assert share(jedi.karras_sigmas(3, sigma_max=5.0), 1 / 5) == 0  # from sigma 5 and unit noise: never
+    often = 0.5 * torch.randn(256, generator=draw, dtype=torch.float64)
+    rare = often + 1.5 * torch.randn(256, generator=draw, dtype=torch.float64)
+    denoise = mixture(torch.stack([often, rare]), [0.9, 0.1], 0.05)
+    noise = torch.randn(4000, 256, generator=draw, dtype=torch.float64)
+    share = lambda z: ((z - rare).square().sum(1) < (z - often).square().sum(1)).double().mean()  # noqa: E731
+    assert share(sample(denoise, jedi.karras_sigmas(3), noise)) > 0.005  # 0.012; 50 steps from sigma 80 give 0.08
+    assert share(sample(denoise, jedi.karras_sigmas(3, sigma_max=5.0), noise / 5)) == 0  # from sigma 5, unit noise: never
 
 
 def test_sampler_denoises_once_at_every_level():
     seen = []
-    x = sample(lambda x, sigma: seen.append(sigma) or x * 0 + 2, [4.0, 2.0, 1.0, 0.0], torch.zeros(1, dtype=torch.float64))
+    x = sample(lambda x, sigma: seen.append(sigma) or x * 0 + 2, [4.0, 2.0, 1.0, 0.0], torch.zeros(1, 1, dtype=torch.float64))
     assert seen == pytest.approx([4.0, 2.0, 1.0]) and x.item() == pytest.approx(2.0)
 
 
