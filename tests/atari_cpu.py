@@ -1,7 +1,7 @@
 """Is an Atari game learned on one CPU core? Trains with a longer schedule than the small preset's, and gathers the evidence.
 
-    python tests/atari_cpu.py train Krull --seed 1             # half an hour or more; the same command goes on where it was
-    python tests/atari_cpu.py train Krull --seed 1 --shuffled  # the control: the world model cannot know what actions do
+    python tests/atari_cpu.py train CrazyClimber --seed 1  # three quarters of an hour; again: goes on where it was
+    python tests/atari_cpu.py train CrazyClimber --seed 1 --shuffled  # the control: the world model cannot know actions
     python tests/atari_cpu.py gather runs --out results/atari_cpu.json --plot results/atari_cpu.png  # plays random games, too
 
 `train` is `python jedi.py --env-id <game> --seed <seed>` with the flags below; --shuffled permutes the actions within each
