@@ -50,17 +50,18 @@ def train(game: str, seed: int, shuffled: bool, runs_dir: str) -> dict:
     return jedi.main(jedi.parse_args([*words, *FLAGS, *ALSO.get(game, [])]))
 
 
-def gather(folder: pathlib.Path) -> list[dict]:
-    """One entry for each finished run below the folder."""
+def gather(folder: pathlib.Path, games: int | None = None) -> list[dict]:
+    """One entry for each finished run below the folder. With `games` its last weights play so many new ones."""
     runs = []
     for path in sorted(folder.rglob("result.json")):
-        result, args = json.loads(path.read_text()), json.loads((path.parent / "args.json").read_text())
+        result = json.loads(path.read_text())
         if result["game"] not in evaluate.SCORES or result["exp_name"] not in ("atari", "shuffled"):
             continue
-        args = jedi.Args(**{name: value for name, value in args.items() if name != "script"})
-        env = jedi.make_env(args.env_id, 0, args.image_size)
-        uniform = jedi.Agent(args, int(env.action_space.n))  # an untrained policy is uniform
-        random = jedi.evaluate_policy(uniform, args.env_id, len(result["returns"]), result["protocol"]["eval_seed"] + 10**6)
+        trained, seed = evaluate.Run(path.parent, "cpu", 0), result["protocol"]["eval_seed"]
+        args, uniform = trained.args, jedi.Agent(trained.args, trained.agent.num_actions)  # an untrained policy is uniform
+        if games:
+            result |= jedi.evaluate_policy(trained.agent, args.env_id, games, seed)
+        random = jedi.evaluate_policy(uniform, args.env_id, len(result["returns"]), seed + 10**6)
         x, y = np.array(result["returns"]), np.array(random["returns"])
         low, human = evaluate.SCORES[result["game"]][:2]
         lines = map(json.loads, (path.parent / "metrics.jsonl").read_text().splitlines())
@@ -110,11 +111,12 @@ def main() -> None:
     gathering.add_argument("folder", type=pathlib.Path)
     gathering.add_argument("--out", type=pathlib.Path, required=True)
     gathering.add_argument("--plot", type=pathlib.Path)
+    gathering.add_argument("--games", type=int, help="let the last weights play so many new games; without, the run's own 30")
     given = parser.parse_args()
     if given.command == "train":
         train(given.game, given.seed, given.shuffled, given.runs_dir)
         return
-    runs = gather(given.folder)
+    runs = gather(given.folder, given.games)
     given.out.write_text(json.dumps({"runs": runs}, indent=1))
     if given.plot and runs:
         plot(runs, given.plot)
