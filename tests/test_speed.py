@@ -205,4 +205,4 @@ def test_atari_evidence(tmp_path, monkeypatch):
     for run in runs:
         assert len(run["returns"]) == len(run["random_returns"]) == 2 and run["global_step"] == 40
         assert run["hns"] == pytest.approx((sum(run["returns"]) / 2 - 1.7) / (30.5 - 1.7))
-    assert [(len(run["returns"]), len(run["random_returns"])) for run in atari_cpu.gather(tmp_path, games=3)] == [(3, 3)] * 2
+    assert [(len(run["returns"]), len(run["random_returns"])) for run in atari_cpu.gather(tmp_path, games=1)] == [(1, 1)] * 2
