@@ -1,15 +1,14 @@
 """`pytest` leaves out the tests marked slow (they train for minutes); `pytest -m slow` runs them."""
 
 import os
-import pathlib
-import signal
 import sys
+from pathlib import Path
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-os.chdir(ROOT)  # tests.toy and jedi are imported from the repository's root
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[1]
+os.chdir(ROOT)
+sys.path.insert(0, str(ROOT))  # jedi, evaluate and tests are imported from the root of the repository
 
 
 def pytest_configure(config):
@@ -20,12 +19,3 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "slow" in item.keywords and not config.option.markexpr:
             item.add_marker(pytest.mark.skip(reason="slow; run with -m slow"))
-
-
-@pytest.fixture(autouse=True)
-def handlers():
-    """jedi.cli takes over Ctrl-C; pytest wants it back."""
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in previous.items():
-        signal.signal(number, handler)
