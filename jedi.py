@@ -1,51 +1,53 @@
-"""JEDI, Joint Embedding DIffusion: a world-model agent for Atari 100k that imagines latents, in one file.
+"""JEDI, Joint Embedding DIffusion: a world-model agent for Atari 100k, in one file.
 
-    python jedi.py --env-id BreakoutNoFrameskip-v4     # `paper` preset on CUDA, `small` without
+    python jedi.py --env-id BreakoutNoFrameskip-v4    # preset `paper` on CUDA, `small` without
 
-Papers: arXiv 2505.19698 ("Performance Asymmetry in Model-Based RL") and its successor 2605.13013. The parent of JEDI is
-DIAMOND (arXiv 2405.12399), which imagines the next frame by diffusion. JEDI imagines the next latent. There is no decoder
-and no reconstruction loss: the encoder learns only from what helps to predict the next latent, the reward and the end.
+Papers: arXiv 2505.19698 ("Performance Asymmetry in Model-Based RL"), its successor 2605.13013, and
+their parent DIAMOND, 2405.12399. DIAMOND imagines the next frame by diffusion; JEDI imagines the next
+latent. There is no decoder and no reconstruction loss: the encoder learns only from what helps to
+predict the next latent, the reward and the end.
 
 The loop, in `main`:
 
-    repeat    1. COLLECT             play the real game with the policy, record every frame
-              2. WORLD MODEL         recorded segments -> encoder, denoiser, reward/end model
-              3. ACTOR-CRITIC        imagine from recorded frames -> policy and value
-              4. LOG, CHECKPOINT
-    at last   5. EVALUATE            full games with the last weights
+    repeat   1. COLLECT            play the real game with the policy, record every frame
+             2. WORLD MODEL        recorded segments train encoder, denoiser, reward/end model
+             3. ACTOR-CRITIC       imagined games, begun at recorded frames, train the policy
+             4. LOG, CHECKPOINT
+    at last  5. EVALUATE           full games with the last weights
 
-Sections, and where each comes from:
+The sections of this file, and where their ideas come from:
 
-    Hyperparameters             [P] published for JEDI, [D] DIAMOND's default, [O] our own
-    Environment                 the usual Atari protocol
-    Replay                      DIAMOND
-    Network blocks              DIAMOND
-    Encoder                     JEDI; its normalisation is ours
-    Latent diffusion            EDM and DIAMOND; the self-consistency loss is JEDI
-    Reward and end model        JEDI; the sizes are DIAMOND's
-    Actor-critic                DIAMOND, on latents
-    Imagination, losses         DIAMOND, on latents
-    Measurement, evaluation     ours
-    Run directory, main         ours
+    Hyperparameters              [P] published for JEDI, [D] DIAMOND's default, [O] our own
+    Environment, replay          the usual Atari protocol; DIAMOND
+    Network blocks               DIAMOND
+    Encoder                      JEDI; the normalisation is ours
+    Latent diffusion             EDM and DIAMOND; the self-consistency loss is JEDI
+    Reward and end model         JEDI
+    Actor-critic                 DIAMOND, on latents
+    Imagination, losses          DIAMOND, on latents
+    Measurement, evaluation      ours
+    Optimizers, files, main      ours; the schedule is DIAMOND's
 
-Letters in shapes: B batch, T time, L conditioning steps, H horizon, A actions, C h w latent, S image size.
+Letters in shapes: B batch, T time, L conditioning steps, H horizon, A actions, S image size,
+C h w channels and size of a latent.
 
-How time is counted:
+Time. The action, its reward and its end belong to the arrow between two frames:
 
-    obs[t] --act[t]--> obs[t+1]          rew[t] and end[t] belong to the arrow from t to t+1
+    obs[t] --act[t], rew[t], end[t]--> obs[t+1]
 
-A segment has L + H frames around an anchor, a random recorded step. Here L = 4, H = 3, and the episode began at o0:
+A segment has L + H frames around an anchor, a recorded step. Here L = 4 and H = 3, and the anchor is
+the second frame o1 of its episode:
 
-    index       0    1    2    3    4    5    6
-    frame       o0   o0   o0   o1   o2   o3   o4         o0 also fills the place of frames before the episode
-    real        -    -    x    x    x    x    x          padding is not real, and no loss sees it
-    anchor                     ^
-    denoiser    [---- context ----]  target              predicts frame 4 from 0..3, then 5 from 1..4, n times
-    R           rew[t] and end[t] from frame t and act[t], at every real t
-    policy      burns in on 0..2, acts at 3, and then in imagined frames 4, 5, 6
+    index      0    1    2    3    4    5    6
+    frame      o0   o0   o0   o1   o2   o3   o4     frames before the episode repeat its first one
+    real       -    -    x    x    x    x    x      they are not real, and no loss sees them
+    denoiser   [---- context ---]  next             predicts frame 4 from 0..3, then 5 from 1..4, ...
+    R          predicts rew[t] and end[t] from frame t and act[t], at every real t
+    policy     warms up its memory on 0..2, acts at the anchor 3, then in imagined frames 4, 5, 6
 
-What a healthy run logs: `error_1` below 1 (imagination beats "nothing changes"), `rewards_read` (real latents) and then
-`rewards_found` (imagined ones) rising towards 1, `change_rms` (how far the latent moves in a step) not falling to 0.
+A healthy run logs: `error_1` well below 1 (imagination beats "nothing changes"); `rewards_read`, from
+real latents, and then `rewards_found`, from imagined ones, rising towards 1; `change_rms`, how far the
+latent moves in one step, not falling towards 0.
 """
 
 import ctypes
@@ -72,61 +74,61 @@ import tyro
 from torch import Tensor
 
 
-# ------------------------------------------------------------------------------------------ Hyperparameters
+# ---------------------------------------------------------------------------------- Hyperparameters
 @dataclass
 class Args:
-    """JEDI on one game. [P] published for JEDI, [D] DIAMOND's default, [O] our own. The same command continues a run."""
+    """JEDI on one game. The same command goes on with a run that was stopped."""
 
-    env_id: str = "BreakoutNoFrameskip-v4"  # an Atari game, or module:Name-v0 for any environment of images
-    preset: Literal["paper", "small"] = "paper"  # what is known of the published experiment, or one for a CPU
+    env_id: str = "BreakoutNoFrameskip-v4"  # an Atari game, or module:Name-v0 for your own
+    preset: Literal["paper", "small"] = "paper"  # what is known of the papers' run, or a CPU's
     seed: int = 1  # of every random number; on a CPU it determines the run bit for bit
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda, cuda:1, mps
     compile: bool = True  # torch.compile with CUDA graphs, on CUDA only
-    exp_name: str = Path(__file__).stem  # name of the method; a fork has its own
+    exp_name: str = Path(__file__).stem  # name of the method
     runs_dir: str = "runs"  # a run lives in <runs-dir>/<env-id>__<exp-name>__<seed>
-    checkpoint_minutes: float = 10.0  # a checkpoint is written at the end of an epoch, if this old
-    track: bool = False  # also log to Weights & Biases (pip install wandb)
+    checkpoint_minutes: float = 10.0  # at the end of an epoch, if the last one is so old
+    track: bool = False  # log to Weights & Biases, too (pip install wandb)
 
     # frames, replay, encoder
     image_size: int = 64  # S, pixels; latents are S/8 x S/8 [D]
-    recency_weights: tuple[float, ...] = (0.1, 0.1, 0.1, 0.7)  # of equal parts of the recording, oldest first [D]
-    encoder_channels: tuple[int, int, int, int] = (32, 32, 32, 16)  # of its four stages; the last is C [P]
+    recency_weights: tuple[float, ...] = (0.1, 0.1, 0.1, 0.7)  # of parts, oldest first [D]
+    encoder_channels: tuple[int, int, int, int] = (32, 32, 32, 16)  # the last is C [P]
     latent_bound: float = 3.0  # s of C(z) = s tanh(z / s) [P]
     # latent diffusion
     num_conditioning_steps: int = 4  # L, past latents and actions that the denoiser sees [D]
-    num_autoregressive_steps: int = 2  # n, next latents in a row that the denoiser learns from; n >= 2 [P]
+    num_autoregressive_steps: int = 2  # n, next latents in a row in the loss; n >= 2 [P]
     denoiser_channels: int = 160  # width of the U-Net [P]
     cond_channels: int = 256  # width of the embedding of noise level and actions [D]
-    sigma_data: float = 0.5  # std of the latents, and what EDM's preconditioning assumes of it [D]
+    sigma_data: float = 0.5  # std of the latents, which EDM's preconditioning assumes [D]
     num_denoising_steps: int = 3  # Euler steps for an imagined latent [D]
     # reward and end model R, actor-critic
     reward_end_channels: int = 32  # width of R's residual blocks [D]
-    reward_end_blocks: int = 8  # residual blocks of R [P: four stages of two]
+    reward_end_blocks: int = 8  # their number [P: four stages of two]
     lstm_dim: int = 512  # units of R's LSTM and of the actor-critic's [D]
-    actor_critic_channels: tuple[int, int] = (32, 64)  # of the actor-critic's two residual blocks [O]
+    actor_critic_channels: tuple[int, int] = (32, 64)  # of its two residual blocks [O]
     horizon: int = 15  # H, imagined steps [D]
     gamma: float = 0.985  # discount of one step [D]
     td_lambda: float = 0.95  # lambda of the lambda-returns [D]
     ent_coef: float = 0.001  # eta, weight of the policy's entropy in nats [D]
     # optimization
-    batch_size: int = 32  # B, segments; the paper reports the better of 32 and 64 for each game [P]
+    batch_size: int = 32  # B; the paper takes the better of 32 and 64 for each game [P]
     learning_rate: float = 1e-4  # of AdamW, for all networks but the encoder [D]
-    encoder_lr_scale: float = 0.3  # the encoder's learning rate / learning_rate [P]
-    warmup_updates: int = 100  # linear warm-up of the learning rates [D]
-    anneal_lr: bool = False  # the learning rates then fall linearly to 0 [D: no]
-    world_model_clip: float = 1.0  # largest gradient norm of encoder and denoiser [D]
+    encoder_lr_scale: float = 0.3  # the encoder's rate / learning_rate [P]
+    warmup_updates: int = 100  # linear warm-up of the rates [D]
+    anneal_lr: bool = False  # then they fall linearly to 0 by the end of the run [D: no]
+    world_model_clip: float = 1.0  # largest gradient norm of encoder and of denoiser [D]
     reward_end_clip: float = 100.0  # of R [D]
     actor_critic_clip: float = 100.0  # of the actor-critic [D]
-    # schedule: an agent step is 4 frames, so that 100,000 are the 400k frames of "Atari 100k"
-    total_steps: int = 100_000  # agent steps in the environment [D]
+    # schedule, in agent steps of 4 frames: 100,000 are the 400k frames of "Atari 100k"
+    total_steps: int = 100_000  # in the environment [D]
     first_collect_steps: int = 5_000  # of these in the first epoch [D]
     collect_steps: int = 100  # of these in every later epoch [D]
-    first_world_model_updates: int = 10_000  # updates of encoder, denoiser and R in the first epoch [D]
+    first_world_model_updates: int = 10_000  # of encoder, denoiser and R in the first epoch [D]
     world_model_updates: int = 400  # in every later epoch [D]
-    first_actor_critic_updates: int = 5_000  # updates of the actor-critic in the first epoch [D]
+    first_actor_critic_updates: int = 5_000  # of the actor-critic in the first epoch [D]
     actor_critic_updates: int = 400  # in every later epoch [D]
-    final_epochs: int = 50  # epochs without collecting, at the end [D]
-    epsilon: float = 0.01  # probability of a uniformly random action in training; 0 in evaluation [D]
+    final_epochs: int = 50  # without collecting, at the end [D]
+    epsilon: float = 0.01  # share of uniformly random actions; 0 in evaluation [D]
     eval_episodes: int = 100  # full games of the final score [D]
 
 
@@ -159,50 +161,43 @@ PRESETS = {
         final_epochs=0,
     ),
 }
-
-
-SHARES = ["gamma", "td_lambda", "epsilon"]
-NOT_NEGATIVE = SHARES + """seed encoder_lr_scale warmup_updates ent_coef final_epochs
-    first_world_model_updates world_model_updates first_actor_critic_updates actor_critic_updates""".split()
-POSITIVE = """image_size latent_bound num_conditioning_steps num_autoregressive_steps denoiser_channels
-    cond_channels sigma_data num_denoising_steps reward_end_channels reward_end_blocks lstm_dim horizon
-    batch_size learning_rate world_model_clip reward_end_clip actor_critic_clip first_collect_steps
-    collect_steps total_steps eval_episodes""".split()
+MAY_BE_ZERO = """seed checkpoint_minutes gamma td_lambda ent_coef encoder_lr_scale warmup_updates epsilon
+    first_world_model_updates world_model_updates first_actor_critic_updates actor_critic_updates
+    final_epochs compile track anneal_lr""".split()
 
 
 class UsageError(Exception):
     """A mistake of the user. The command line prints it in one line and exits with code 2."""
 
 
-def check_args(args: Args):
+def check_args(args):
     """Raises UsageError for the first value that cannot work."""
 
-    def require(condition, flag, what):
+    def require(condition, name, what):
         if not condition:
-            raise UsageError(f"{flag}: must be {what}")
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} {getattr(args, name)}: must be {what}")
 
-    for name in NOT_NEGATIVE + POSITIVE:
-        value = getattr(args, name)
-        flag = f"--{name.replace('_', '-')} {value}"
-        require(0 <= value < math.inf, flag, "at least 0 and finite")
-        require(value > 0 or name not in POSITIVE, flag, "positive")
-        require(value <= 1 or name not in SHARES, flag, "in [0, 1]")
-    L = args.num_conditioning_steps
-    require(args.image_size % 16 == 0, "--image-size", "a multiple of 16")
-    require(args.denoiser_channels % 8 == 0, "--denoiser-channels", "a multiple of 8")
-    require(args.cond_channels % (2 * L) == 0, "--cond-channels", f"a multiple of {2 * L}")
-    require(args.num_autoregressive_steps <= args.horizon, "--num-autoregressive-steps", "at most --horizon")
-    require(args.total_steps >= args.first_collect_steps, "--total-steps", "at least --first-collect-steps")
+    for name, value in asdict(args).items():
+        if isinstance(value, int | float):
+            require(0 <= value < math.inf, name, "at least 0 and finite")
+            require(value > 0 or name in MAY_BE_ZERO, name, "positive")
+    multiple = 2 * args.num_conditioning_steps
+    require(args.image_size % 16 == 0, "image_size", "a multiple of 16")
+    require(args.denoiser_channels % 8 == 0, "denoiser_channels", "a multiple of 8")
+    require(args.cond_channels % multiple == 0, "cond_channels", f"a multiple of {multiple}")
+    require(args.num_autoregressive_steps <= args.horizon, "num_autoregressive_steps", "at most --horizon")
+    require(args.total_steps >= args.first_collect_steps, "total_steps", "at least --first-collect-steps")
 
 
-# ---------------------------------------------------------------------------------- Environment
+# -------------------------------------------------------------------------------------- Environment
 FRAME_SKIP = 4  # [D]
 NOOP_MAX = 30  # [D]
-MAX_STEPS = 27_000  # agent steps of an evaluated game; on Atari ALE's own limit of 108,000 frames
+MAX_STEPS = 27_000  # agent steps of an evaluated game; on Atari this is ALE's limit of 108,000 frames
 
 
 class AtariGame(gym.Wrapper):
-    """A game begins with 1 to 30 no-ops. An action is repeated for 4 raw frames; the last two are max-pooled."""
+    """Begins with 1 to 30 no-ops, repeats an action for 4 raw frames and max-pools the last two."""
 
     def reset(self, **kwargs):
         obs, info = self.env.reset(**kwargs)
@@ -224,29 +219,29 @@ class AtariGame(gym.Wrapper):
 
 
 def area_weights(in_size, out_size):
-    """The share of each pixel in each bin [out, in], fractional at the edges as in cv2.INTER_AREA."""
-    edges = torch.linspace(0, in_size, out_size + 1, dtype=torch.float64)
+    """Returns the share of each pixel in each bin [out, in], fractional at edges as in cv2.INTER_AREA."""
+    edges = torch.linspace(0, in_size, out_size + 1)
     pixels = torch.arange(in_size)
     left = torch.maximum(edges[:-1, None], pixels)
     right = torch.minimum(edges[1:, None], pixels + 1)
-    overlap = (right - left).clamp(min=0)
-    return (overlap / overlap.sum(1, keepdim=True)).float()
+    return (right - left).clamp(min=0) * out_size / in_size
 
 
 class ImageEnv(gym.Wrapper):
-    """Resizes the frames of an environment of images to uint8 [3, S, S]; grey becomes RGB."""
+    """Resizes frames to uint8 [3, S, S]; grey becomes RGB. Raises UsageError for what is no image."""
 
     def __init__(self, env, size):
         super().__init__(env)
         self.space = env.observation_space
         self.observation_space = gym.spaces.Box(0, 255, (3, size, size), np.uint8)
-        height, width = self.space.shape[:2]
-        self.rows = area_weights(height, size)
-        self.cols = area_weights(width, size)
+        self.rows = area_weights(self.space.shape[0], size)
+        self.cols = area_weights(self.space.shape[1], size)
 
     def resize(self, obs):
-        image = torch.from_numpy(obs).float().reshape(*self.space.shape[:2], -1)
-        small = self.rows @ image.permute(2, 0, 1) @ self.cols.T  # [1 or 3, S, S]
+        if not self.space.contains(obs):
+            raise UsageError(f"--env-id {self.spec.id}: a frame {np.shape(obs)} is not in {self.space}")
+        image = torch.from_numpy(obs).float().reshape(*self.space.shape[:2], -1).permute(2, 0, 1)
+        small = self.rows @ image @ self.cols.T  # [1 or 3, S, S]
         return small.round().to(torch.uint8).expand(3, -1, -1).numpy()
 
     def reset(self, **kwargs):
@@ -255,19 +250,18 @@ class ImageEnv(gym.Wrapper):
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
-        if not self.space.contains(obs) or np.size(reward) != 1:
-            wrong = f"step() gave a frame {np.shape(obs)} and the reward {reward!r}"
-            raise UsageError(f"--env-id {self.spec.id}: {wrong}, not {self.space} and a number")
+        if np.size(reward) != 1 or reward is None:
+            raise UsageError(f"--env-id {self.spec.id}: the reward {reward!r} is not a number")
         return self.resize(obs), np.float64(reward).item(), terminated, truncated, info
 
 
-def is_atari(env_spec):
-    """Tells whether ale_py itself makes the environment; what another module does inside is unknown."""
-    return str(env_spec.entry_point).startswith("ale_py")
+def is_atari(spec):
+    """Tells whether ale_py itself makes the environment. What another module does inside is unknown."""
+    return str(spec.entry_point).startswith("ale_py")
 
 
 def make_env(env_id, seed, image_size=64):
-    """Makes a seeded environment of frames uint8 [3, S, S], or raises UsageError. Rewards are unclipped."""
+    """Makes a seeded environment of frames [3, S, S] and unclipped rewards, or raises UsageError."""
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
     module, _, name = env_id.rpartition(":")
     try:
@@ -276,11 +270,12 @@ def make_env(env_id, seed, image_size=64):
         env = gym.make(spec, frameskip=1) if is_atari(spec) else gym.make(spec)
     except Exception as error:
         raise UsageError(f"--env-id {env_id}: {error!r}") from error
-    images = env.observation_space
-    is_image = images.dtype == np.uint8 and images.shape[2:] in [(), (1,), (3,)] and len(images.shape) > 1
-    if not is_image or not isinstance(env.action_space, gym.spaces.Discrete) or env.action_space.start != 0:
-        needs = "needs uint8 images [h, w, 1 or 3] and Discrete actions from 0"
-        raise UsageError(f"--env-id {env_id}: {needs}, not {images} and {env.action_space}")
+    space = env.observation_space
+    actions = env.action_space
+    is_image = space.dtype == np.uint8 and space.shape[2:] in [(), (1,), (3,)] and len(space.shape) > 1
+    if not is_image or not isinstance(actions, gym.spaces.Discrete) or actions.start != 0:
+        needs = "uint8 images [h, w, 1 or 3] and Discrete actions from 0"
+        raise UsageError(f"--env-id {env_id}: has {space} and {actions}; needed are {needs}")
     if is_atari(spec):
         env = AtariGame(env)
     env = ImageEnv(env, image_size)
@@ -288,25 +283,25 @@ def make_env(env_id, seed, image_size=64):
     return env
 
 
-# --------------------------------------------------------------------------------------------------- Replay
+# ------------------------------------------------------------------------------------------- Replay
 class Batch(NamedTuple):
-    """T consecutive frames around an anchor. Frames outside its episode are padding, which no loss may see."""
+    """T consecutive frames around an anchor. What is outside its episode is padding."""
 
     obs: Tensor  # [B, T, 3, S, S] uint8
     act: Tensor  # [B, T] long, 0 where has_act is False
     rew: Tensor  # [B, T] sign of the reward that followed act
-    end: Tensor  # [B, T] long, 1 if act ended the learning episode (no bootstrap); a truncation is 0
+    end: Tensor  # [B, T] long, 1 if act ended the learning episode; a truncation is 0
     real: Tensor  # [B, T] bool, the frame belongs to the episode
-    has_act: Tensor  # [B, T] bool, an action was recorded at this frame (False at an episode's last frame)
+    has_act: Tensor  # [B, T] bool, an action was recorded here; not so at the last frame
 
 
 class ReplayBuffer:
-    """One slot for each frame, preallocated on the training device. A last frame has a slot without an action."""
+    """One slot for each frame, on the training device. A last frame's slot has no action."""
 
-    def __init__(self, args: Args, device: torch.device):
+    def __init__(self, args, device):
         capacity = 2 * args.total_steps + 1
         self.size = 0
-        with device:  # all tensors are made there
+        with device:  # tensors are made there
             self.recency_weights = torch.tensor(args.recency_weights)
             self.data = {
                 "obs": torch.zeros(capacity, 3, args.image_size, args.image_size, dtype=torch.uint8),
@@ -335,10 +330,11 @@ class ReplayBuffer:
         self.size += 1
 
     def anchors(self, batch_size):
-        """Draws slots with an action [B]. The recording is cut into equal parts, which are drawn by recency."""
-        # DEVIATES: uniform over the steps of a part; DIAMOND cuts the episodes and draws an episode, then a step
+        """Draws slots with an action [B]. The recording is cut into equal parts, drawn by recency."""
+        # DEVIATES: uniform over a part's steps; DIAMOND cuts by episodes, then draws episode and step
         has_act = self.data["has_act"][: self.size]
-        part = torch.arange(self.size, device=has_act.device) * len(self.recency_weights) // self.size
+        slots = torch.arange(self.size, device=has_act.device)
+        part = slots * len(self.recency_weights) // self.size
         return torch.multinomial(has_act * self.recency_weights[part], batch_size, replacement=True)
 
     def sample(self, anchor, before, after):
@@ -368,23 +364,27 @@ class ReplayBuffer:
             self.data[name][: self.size] = values
 
 
-# ------------------------------------------------------------------------------------------- Network blocks
+# ----------------------------------------------------------------------------------- Network blocks
 def conv3x3(in_channels, out_channels):
-    return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+    return nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
 
 def group_norm(channels, affine=True):
-    """Group normalisation with 32 channels in a group [D]."""
+    """Group normalisation of 32 channels a group [D]."""
     return nn.GroupNorm(max(1, channels // 32), channels, affine=affine)
 
 
+def skip_connection(in_channels, out_channels):
+    same = in_channels == out_channels
+    return nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+
 class ConvBlock(nn.Module):
-    """Residual block with one convolution: x -> skip(x) + conv(SiLU(norm(x))). Encoder and actor-critic use it."""
+    """Residual block of one convolution, in encoder and actor-critic."""
 
     def __init__(self, in_channels, out_channels):
         super().__init__()
-        same = in_channels == out_channels
-        self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, kernel_size=1)
+        self.skip = skip_connection(in_channels, out_channels)
         self.norm = group_norm(in_channels)
         self.conv = conv3x3(in_channels, out_channels)
 
@@ -393,7 +393,7 @@ class ConvBlock(nn.Module):
 
 
 class AdaptiveGroupNorm(nn.Module):
-    """Group normalisation whose scale and shift come from a condition [B, K]."""
+    """Group normalisation whose scale and shift come from a condition [B, cond]."""
 
     def __init__(self, channels, cond_channels):
         super().__init__()
@@ -401,22 +401,21 @@ class AdaptiveGroupNorm(nn.Module):
         self.linear = nn.Linear(cond_channels, 2 * channels)
 
     def forward(self, x, cond):
-        scale, shift = self.linear(cond)[:, :, None, None].chunk(2, dim=1)  # [B, channels, 1, 1]
+        scale, shift = self.linear(cond)[:, :, None, None].chunk(2, 1)  # [B, channels, 1, 1]
         return self.norm(x) * (1 + scale) + shift
 
 
 class ResBlock(nn.Module):
-    """Residual block with two convolutions and a condition. Denoiser and reward/end model use it."""
+    """Residual block of two convolutions with a condition, in denoiser and reward/end model."""
 
     def __init__(self, in_channels, out_channels, cond_channels):
         super().__init__()
-        same = in_channels == out_channels
-        self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, kernel_size=1)
+        self.skip = skip_connection(in_channels, out_channels)
         self.norm1 = AdaptiveGroupNorm(in_channels, cond_channels)
         self.conv1 = conv3x3(in_channels, out_channels)
         self.norm2 = AdaptiveGroupNorm(out_channels, cond_channels)
         self.conv2 = conv3x3(out_channels, out_channels)
-        nn.init.zeros_(self.conv2.weight)  # the block begins as its skip connection
+        nn.init.zeros_(self.conv2.weight)  # it begins as its skip connection
 
     def forward(self, x, cond):
         h = self.conv1(F.silu(self.norm1(x, cond)))
@@ -424,24 +423,9 @@ class ResBlock(nn.Module):
         return self.skip(x) + h
 
 
-class LSTM(nn.Module):
-    """An LSTM over x [B, T, features]. Padding, where real [B, T] is False, leaves no trace in its state."""
-
-    def __init__(self, features, hidden):
-        super().__init__()
-        self.cell = nn.LSTMCell(features, hidden)
-        nn.init.orthogonal_(self.cell.weight_hh)
-
-    def forward(self, x, real=None, state=None):
-        outputs = []
-        for t in range(x.shape[1]):
-            hidden, memory = self.cell(x[:, t], state)  # [B, hidden] both
-            if real is not None:
-                hidden = hidden * real[:, t, None]
-                memory = memory * real[:, t, None]
-            state = (hidden, memory)
-            outputs.append(hidden)
-        return torch.stack(outputs, dim=1), state  # [B, T, hidden]
+def make_lstm(features, hidden):
+    """An LSTM without biases, so that inputs of 0, at padding, leave its first state, 0, as it is."""
+    return nn.LSTM(features, hidden, bias=False, batch_first=True)  # DEVIATES: DIAMOND's has biases
 
 
 def masked_mean(x, mask):
@@ -450,26 +434,26 @@ def masked_mean(x, mask):
 
 
 def sample_logits(logits):
-    """Draws from a categorical distribution, [..., K] -> [...]. Unlike torch.multinomial it never waits."""
+    """Draws from categories, [..., K] -> [...]. Unlike torch.multinomial it never waits."""
     return F.gumbel_softmax(logits, dim=-1).argmax(-1)
 
 
 def bound(z, limit):
-    """C(z) = s tanh(z / s), which keeps latents within -s and s [P]."""
+    """C(z) = s tanh(z / s) keeps latents between -s and s [P]."""
     return limit * torch.tanh(z / limit)
 
 
-# ------------------------------------------------------------------------------------------------- Encoder E
+# ---------------------------------------------------------------------------------------- Encoder E
 class Encoder(nn.Module):
-    """E: frames uint8 [..., 3, S, S] -> latents z [..., C, S/8, S/8] = C(sigma_data (x - center) / scale).
+    """E: frames [..., 3, S, S] -> latents z [..., C, h, w] = C(sigma_data (x - center) / scale).
 
-    x is the output of the network, center its mean over frames and scale the rms distance from it.
+    x is the output of the network, center its mean over frames, scale its rms distance from center.
     """
 
-    # DEVIATES: published is z = C(x). Nothing then keeps the moving part of x from shrinking, because a latent
-    # that stands still is the easiest to predict. So x is normalised, and its gradient, too: see `forward`.
+    # DEVIATES: published is z = C(x). Then nothing keeps the moving part of x from shrinking, because
+    # a latent that stands still is the easiest to predict. So x is normalised.
 
-    def __init__(self, args: Args):
+    def __init__(self, args):
         super().__init__()
         self.args = args
         c1, c2, c3, c4 = args.encoder_channels
@@ -488,7 +472,7 @@ class Encoder(nn.Module):
         self.register_buffer("scale", torch.ones(()))
 
     def forward(self, obs, real=None):
-        """With `real` [B, T], in the world model's loss, it normalises by the batch; else by running statistics."""
+        """Normalises by running statistics; with `real` [B, T], in training, by those of the batch."""
         frames = obs.flatten(0, -4).float() / 255
         x = self.net(frames).contiguous().unflatten(0, obs.shape[:-3])  # [..., C, h, w]
         center = self.center
@@ -499,8 +483,8 @@ class Encoder(nn.Module):
             scale = masked_mean((x - center).square(), mask).sqrt().detach()  # []
             self.center.lerp_(center.detach(), 0.1)
             self.scale.lerp_(scale, 0.1)
-            # Forward: divide by the spread of x. Backward: as if divided by the rms of its motion. Else the
-            # loss falls when whatever moves is made smaller, and the latent ends as a still picture.
+            # Forward: divide by the spread of x. Backward: as if divided by the rms of its motion. Else
+            # the loss falls when whatever moves is made smaller, and the latent ends as a still picture
             motion = masked_mean((x[:, 1:] - x[:, :-1]).square(), mask[:, 1:] & mask[:, :-1])
             motion = motion.clamp(min=1e-12).sqrt()
             scale = scale * (motion / motion.detach())  # the value of scale, the gradient of motion
@@ -508,9 +492,9 @@ class Encoder(nn.Module):
         return bound(z, self.args.latent_bound)
 
 
-# ----------------------------------------------------------------------------------------- Latent diffusion
+# --------------------------------------------------------------------------------- Latent diffusion
 def karras_sigmas(n, sigma_min=2e-3, sigma_max=20.0, rho=7.0):
-    """n noise levels from sigma_max down to sigma_min, then 0 (Karras et al. 2022, Eq. 5) [D, but sigma_max]."""
+    """Returns n noise levels from sigma_max to sigma_min, then 0 (Karras et al. 2022, Eq. 5) [D]."""
     high = sigma_max ** (1 / rho)
     low = sigma_min ** (1 / rho)
     levels = [(high + i / max(1, n - 1) * (low - high)) ** rho for i in range(n)]
@@ -518,9 +502,9 @@ def karras_sigmas(n, sigma_min=2e-3, sigma_max=20.0, rho=7.0):
 
 
 class Denoiser(nn.Module):
-    """D: the next latent from its noised self, the last L latents and the last L actions (Karras et al. 2022)."""
+    """D: the next latent from its noised self, the last L latents and the last L actions."""
 
-    def __init__(self, args: Args, num_actions):
+    def __init__(self, args, num_actions):
         super().__init__()
         self.args = args
         self.sigmas = karras_sigmas(args.num_denoising_steps)
@@ -547,7 +531,7 @@ class Denoiser(nn.Module):
         nn.init.zeros_(self.conv_out.weight)
 
     def precondition(self, sigma):
-        """c_in, c_out, c_skip [B, 1, 1, 1] and c_noise [B] at noise levels sigma [B] (Karras et al., Table 1)."""
+        """c_in, c_out, c_skip [B, 1, 1, 1], c_noise [B] at sigma [B] (Karras et al. 2022, Table 1)."""
         sigma_data = self.args.sigma_data
         s = sigma[:, None, None, None]
         root = (s**2 + sigma_data**2).sqrt()
@@ -558,31 +542,32 @@ class Denoiser(nn.Module):
         return c_in, c_out, c_skip, c_noise
 
     def unet(self, z_in, c_noise, z_hist, act_hist):
-        """F of Karras et al.: z_in = c_in z_noisy [B, C, h, w], z_hist [B, L, C, h, w], act_hist [B, L]."""
+        """F of Karras et al.: z_in [B, C, h, w] is c_in z_noisy; z_hist [B, L, C, h, w], act_hist [B, L]."""
         angle = 2 * math.pi * c_noise[:, None] * self.fourier  # [B, cond / 2]
-        level = torch.cat([angle.cos(), angle.sin()], dim=1)  # [B, cond]
+        level = torch.cat([angle.cos(), angle.sin()], 1)  # [B, cond]
         actions = self.action_embedding(act_hist).flatten(1)  # [B, cond]
         cond = self.cond_mlp(level + actions)
         context = z_hist.flatten(1, 2) / self.args.sigma_data  # [B, L * C, h, w]
-        h0 = self.conv_in(torch.cat([context, z_in], dim=1))  # [B, width, h, w]
+        h0 = self.conv_in(torch.cat([context, z_in], 1))  # [B, width, h, w]
         h1 = self.down(h0, cond)
         h = self.mid1(h1, cond)
         tokens = self.norm_mid(h).flatten(2).transpose(1, 2)  # [B, h * w, width]
         attended, _ = self.attention(tokens, tokens, tokens, need_weights=False)
         h = h + attended.transpose(1, 2).reshape(h.shape)
         h = self.mid2(h, cond)
-        h = self.up1(torch.cat([h, h1], dim=1), cond)  # skip connection from below the first block
-        h = self.up2(torch.cat([h, h0], dim=1), cond)  # and from the input
+        h = self.up1(torch.cat([h, h1], 1), cond)  # skip connection from below the first block
+        h = self.up2(torch.cat([h, h0], 1), cond)  # and from the input
         return self.conv_out(F.silu(self.norm_out(h)))
 
     def loss(self, z, act, real):
-        """The self-consistency objective of JEDI on z [B, T, C, h, w], act and real [B, T], with T >= L + n.
+        """The self-consistency objective of JEDI, on z [B, T, C, h, w], act and real [B, T], T >= L + n.
 
-            sum over i < n of || F(c_in sg(z_noisy), context_i) - (sg(z[L+i]) - c_skip sg(z_noisy)) / c_out ||^2
+            sum over i < n of || F(c_in sg(z_noisy), context_i) - (sg(z_next) - c_skip sg(z_noisy)) / c_out ||^2
 
-        sg is the stop-gradient. context_i are the L latents before z[L+i]. They are not stopped: the encoder
-        learns through the context alone. In half of the batches the latents fed on into later contexts are the
-        denoiser's own, as in imagination; these are stopped, too. In the other half they are the encoder's.
+        z_next is latent L + i, context_i the L latents before it, sg the stop-gradient. The context is
+        not stopped: through it alone the encoder learns. In half of the batches the latents fed on into
+        later contexts are the denoiser's own, as in imagination; these are stopped, too. In the other
+        half they are the encoder's.
         """
         L = self.args.num_conditioning_steps
         n = self.args.num_autoregressive_steps
@@ -590,14 +575,14 @@ class Denoiser(nn.Module):
         feed_own = torch.rand((), device=z.device) < 0.5  # random switching [P]
         loss = 0.0
         for i in range(n):
-            z_hist = torch.stack(latents[i : i + L], dim=1)  # [B, L, C, h, w] gradient to the encoder
+            z_hist = torch.stack(latents[i : i + L], 1)  # [B, L, C, h, w] gradient to the encoder
             z_next = z[:, L + i].detach()  # [B, C, h, w] no gradient through the target
             log_sigma = torch.randn(len(z), device=z.device) * 1.2 - 0.4  # [B] P_std, P_mean [D]
             sigma = log_sigma.exp().clamp(2e-3, 20)
             z_noisy = z_next + sigma[:, None, None, None] * torch.randn_like(z_next)
             c_in, c_out, c_skip, c_noise = self.precondition(sigma)
             output = self.unet(c_in * z_noisy, c_noise, z_hist, act[:, i : i + L])
-            target = (z_next - c_skip * z_noisy) / c_out  # Karras et al., Eq. 8 with lambda(sigma) = 1 / c_out^2
+            target = (z_next - c_skip * z_noisy) / c_out  # Eq. 8 with lambda(sigma) = 1 / c_out^2
             error = (output - target).square().mean((1, 2, 3))  # [B]
             loss = loss + masked_mean(error, real[:, L + i]) / n
             denoised = bound(c_skip * z_noisy + c_out * output, self.args.latent_bound)
@@ -606,10 +591,11 @@ class Denoiser(nn.Module):
 
     @torch.no_grad()
     def sample(self, z_hist, act_hist, noise):
-        """The next latent [B, C, h, w] from unit noise: Euler steps without churn (Karras et al., Algorithm 2)."""
+        """The next latent [B, C, h, w] from unit noise: Euler steps, no churn (Karras et al., Alg. 2)."""
         z = self.sigmas[0] * noise  # DEVIATES: DIAMOND begins at sigma 5, with unit noise
         for sigma, sigma_next in zip(self.sigmas, self.sigmas[1:]):
-            c_in, c_out, c_skip, c_noise = self.precondition(torch.full((len(z),), sigma, device=z.device))
+            levels = torch.full((len(z),), sigma, device=z.device)  # [B]
+            c_in, c_out, c_skip, c_noise = self.precondition(levels)
             output = self.unet(c_in * z, c_noise, z_hist, act_hist)
             denoised = bound(c_skip * z + c_out * output, self.args.latent_bound)
             slope = (z - denoised) / sigma
@@ -617,25 +603,27 @@ class Denoiser(nn.Module):
         return z
 
 
-# ------------------------------------------------------------------------------------- Reward and end model R
+# ---------------------------------------------------------------------------- Reward and end model R
 class RewardEndModel(nn.Module):
-    """R: latent and action -> logits of sign(reward) in {-1, 0, 1} and of end in {0, 1}, through an LSTM.
+    """R: latent and action -> logits of sign(reward) in {-1, 0, 1} and of end in {0, 1}.
 
-    R reads the present latent alone, not the next one: a rare event need not be drawn by the sampler to be expected.
+    R reads the present latent, not the next one. So a rare event can be expected before the sampler
+    has learned to draw it.
     """
 
-    def __init__(self, args: Args, num_actions):
+    def __init__(self, args, num_actions):
         super().__init__()
-        self.args = args
         width = args.reward_end_channels
         cond = args.cond_channels // 2
         side = args.image_size // 8
+        hidden = args.lstm_dim
         self.action_embedding = nn.Embedding(num_actions, cond)
         self.conv_in = conv3x3(args.encoder_channels[-1], width)
-        self.blocks = nn.ModuleList(ResBlock(width, width, cond) for _ in range(args.reward_end_blocks))
+        blocks = [ResBlock(width, width, cond) for _ in range(args.reward_end_blocks)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = group_norm(width)
-        self.lstm = LSTM(width * side**2, args.lstm_dim)
-        self.head = nn.Sequential(nn.Linear(args.lstm_dim, args.lstm_dim), nn.SiLU(), nn.Linear(args.lstm_dim, 5))
+        self.lstm = make_lstm(width * side**2, hidden)
+        self.head = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, 5))
 
     def forward(self, z, act, real=None, state=None):
         """z [B, T, C, h, w], act and real [B, T] -> logits [B, T, 3] and [B, T, 2], LSTM state."""
@@ -643,20 +631,21 @@ class RewardEndModel(nn.Module):
         x = self.conv_in(z.flatten(0, 1))  # [B * T, width, h, w]
         for block in self.blocks:
             x = block(x, cond)
-        x = F.silu(self.norm(x))  # without it the LSTM dies at the rates of `small`
+        x = F.silu(self.norm(x))  # without this norm the LSTM dies at the learning rate of `small`
         x = x.reshape(*act.shape, -1)  # [B, T, width * h * w]
-        x, state = self.lstm(x, real, state)  # [B, T, lstm_dim]
-        rew_logits, end_logits = self.head(x).split((3, 2), dim=-1)
+        if real is not None:
+            x = x * real[..., None]
+        x, state = self.lstm(x, state)  # [B, T, lstm_dim]
+        rew_logits, end_logits = self.head(x).split((3, 2), -1)
         return rew_logits, end_logits, state
 
 
-# --------------------------------------------------------------------------------------------- Actor-critic
+# ------------------------------------------------------------------------------------- Actor-critic
 class ActorCritic(nn.Module):
-    """Latents -> logits of the policy and the value. It reads detached latents: the policy never trains the encoder."""
+    """Latents -> logits of the policy, and value. The latents are detached: it never trains the encoder."""
 
-    def __init__(self, args: Args, num_actions):
+    def __init__(self, args, num_actions):
         super().__init__()
-        self.args = args
         c1, c2 = args.actor_critic_channels
         side = args.image_size // 16
         self.conv = nn.Sequential(
@@ -667,7 +656,7 @@ class ActorCritic(nn.Module):
             nn.MaxPool2d(2),
             nn.Flatten(),
         )
-        self.lstm = LSTM(c2 * side**2, args.lstm_dim)
+        self.lstm = make_lstm(c2 * side**2, args.lstm_dim)
         self.actor = nn.Linear(args.lstm_dim, num_actions)
         self.critic = nn.Linear(args.lstm_dim, 1)
         for parameter in [*self.actor.parameters(), *self.critic.parameters()]:
@@ -677,16 +666,18 @@ class ActorCritic(nn.Module):
         """z [B, T, C, h, w], real [B, T] -> logits [B, T, A], value [B, T], LSTM state."""
         x = self.conv(z.detach().flatten(0, 1))  # [B * T, features]
         x = x.unflatten(0, z.shape[:2])  # [B, T, features]
-        x, state = self.lstm(x, real, state)  # [B, T, lstm_dim]
+        if real is not None:
+            x = x * real[..., None]
+        x, state = self.lstm(x, state)  # [B, T, lstm_dim]
         return self.actor(x), self.critic(x).squeeze(-1), state
 
 
 def lambda_returns(rew, end, value, gamma, lambda_):
     """Lambda-returns [B, H] of rew and end [B, H], value [B, H+1] (Sutton & Barto, 12.1; DIAMOND).
 
-        R_t = r_t + gamma (1 - end_t) ((1 - lambda) V_{t+1} + lambda R_{t+1}),   R_H = V_H
+        R_t = r_t + gamma (1 - end_t) ((1 - lambda) V_{t+1} + lambda R_{t+1}),    R_H = V_H
 
-    Nothing is bootstrapped after an end. The last imagined step bootstraps from the value.
+    An end stops the return. The last imagined step bootstraps from the value.
     """
     returns = []
     following = value[:, -1]
@@ -695,13 +686,13 @@ def lambda_returns(rew, end, value, gamma, lambda_):
         following = rew[:, t] + gamma * (1 - end[:, t]) * mixed
         returns.append(following)
     returns.reverse()
-    return torch.stack(returns, dim=1)
+    return torch.stack(returns, 1)
 
 
 class Agent(nn.Module):
     """The four networks."""
 
-    def __init__(self, args: Args, num_actions):
+    def __init__(self, args, num_actions):
         super().__init__()
         self.args = args
         self.num_actions = num_actions
@@ -709,11 +700,11 @@ class Agent(nn.Module):
         self.denoiser = Denoiser(args, num_actions)
         self.reward_end = RewardEndModel(args, num_actions)
         self.actor_critic = ActorCritic(args, num_actions)
-        self.to(memory_format=torch.channels_last)  # the layout in which convolutions run fastest
+        self.to(memory_format=torch.channels_last)  # convolutions are fastest in this layout
 
     @torch.no_grad()
     def act(self, obs, state=None, epsilon=0.0):
-        """Plays: frames uint8 [N, 3, S, S] and LSTM state -> sampled actions [N], new LSTM state."""
+        """Plays: frames [N, 3, S, S], LSTM state -> sampled actions [N], new LSTM state."""
         z = self.encoder(obs[:, None])  # [N, 1, C, h, w]
         logits, _, state = self.actor_critic(z, None, state)
         act = sample_logits(logits[:, 0])  # [N]
@@ -721,45 +712,43 @@ class Agent(nn.Module):
         return torch.where(explore, torch.randint_like(act, self.num_actions), act), state
 
 
-# ---------------------------------------------------------------------------------------------- Imagination
+# -------------------------------------------------------------------------------------- Imagination
 class Rollout(NamedTuple):
     """L recorded latents, followed by H imagined ones."""
 
     z: Tensor  # [B, L+H, C, h, w]
-    real: Tensor  # [B, L+H] bool, False only at padding before an episode
+    real: Tensor  # [B, L+H] bool, False at padding before an episode
     act: Tensor  # [B, H] taken at frames L-1 .. L+H-2
     rew: Tensor  # [B, H] sign of the reward
     end: Tensor  # [B, H] 0 or 1
 
 
 @torch.no_grad()
-def imagine_step(agent: Agent, z_hist, act_hist, given, *states):
-    """One step from z_hist [B, L, C, h, w] and the actions act_hist [B, L-1] between these latents.
+def imagine_step(agent, z_hist, act_hist, given, *states):
+    """One step from the latents z_hist [B, L, C, h, w] and the actions act_hist [B, L-1] between them.
 
-    Returns z_next [B, C, h, w], act, rew and end [B], and the LSTM states of policy and R, two tensors each.
-    With `given` [B] that action is taken instead of the policy's.
+    `states` are those of the LSTMs of policy and R, two tensors each. Returns z_next [B, C, h, w], act,
+    rew and end [B], and the new states. If `given` [B] is not None, it is the action.
     """
     z_now = z_hist[:, -1:]  # [B, 1, C, h, w]
     logits, _, policy_state = agent.actor_critic(z_now, None, states[:2])
-    act = given
-    if given is None:
-        act = sample_logits(logits[:, 0])  # [B]
+    act = sample_logits(logits[:, 0]) if given is None else given  # [B]
     rew_logits, end_logits, model_state = agent.reward_end(z_now, act[:, None], None, states[2:])
     rew = sample_logits(rew_logits[:, 0]) - 1.0  # [B]
     end = sample_logits(end_logits[:, 0]).float()  # [B]
-    acts = torch.cat([act_hist, act[:, None]], dim=1)  # [B, L]
+    acts = torch.cat([act_hist, act[:, None]], 1)  # [B, L]
     z_next = agent.denoiser.sample(z_hist, acts, torch.randn_like(z_hist[:, 0]))
     return z_next, act, rew, end, *policy_state, *model_state
 
 
 @torch.no_grad()
-def imagine(agent: Agent, z, act, real, horizon, actions=None, step=imagine_step):
-    """Rolls policy and world model `horizon` steps from z [B, L, C, h, w], act (the last one unused), real [B, L].
+def imagine(agent, z, act, real, horizon, actions=None, step=imagine_step):
+    """Imagines from z [B, L, C, h, w], act [B, L] (the last one is not used) and real [B, L].
 
-    With `actions` [B, H] these are taken instead of the policy's. `step` may be a compiled imagine_step.
+    If `actions` [B, H] is not None, they are taken. `step` may be a compiled imagine_step.
     """
     L = z.shape[1]
-    _, _, policy_state = agent.actor_critic(z[:, :-1], real[:, :-1])  # both LSTMs burn in on the context
+    _, _, policy_state = agent.actor_critic(z[:, :-1], real[:, :-1])  # both LSTMs burn in
     _, _, model_state = agent.reward_end(z[:, :-1], act[:, :-1], real[:, :-1])
     states = [*policy_state, *model_state]
     latents = list(z.unbind(1))
@@ -768,32 +757,32 @@ def imagine(agent: Agent, z, act, real, horizon, actions=None, step=imagine_step
     ends = []
     for t in range(horizon):
         given = None if actions is None else actions[:, t]
-        z_hist = torch.stack(latents[-L:], dim=1)  # [B, L, C, h, w]
-        act_hist = torch.stack(acts[1 - L :], dim=1)  # [B, L-1]
+        z_hist = torch.stack(latents[-L:], 1)  # [B, L, C, h, w]
+        act_hist = torch.stack(acts[1 - L :], 1)  # [B, L-1]
         outputs = step(agent, z_hist, act_hist, given, *states)
-        # A CUDA graph overwrites its outputs when it runs again, so they are copied at once
+        # a CUDA graph overwrites its outputs when it runs again, so they are copied at once
         z_next, act_t, rew, end, *states = [tensor.clone() for tensor in outputs]
         latents.append(z_next)
         acts.append(act_t)
         rews.append(rew)
         ends.append(end)
     return Rollout(
-        z=torch.stack(latents, dim=1),
+        z=torch.stack(latents, 1),
         real=F.pad(real, (0, horizon), value=True),
-        act=torch.stack(acts[L - 1 :], dim=1),
-        rew=torch.stack(rews, dim=1),
-        end=torch.stack(ends, dim=1),
+        act=torch.stack(acts[L - 1 :], 1),
+        rew=torch.stack(rews, 1),
+        end=torch.stack(ends, 1),
     )
 
 
-# --------------------------------------------- Losses: tensors in, a loss and its parts out; no wait for the device
-def world_model_loss(agent: Agent, batch: Batch):
-    """The loss of encoder, denoiser and R on segments of L + H frames. All three parts reach the encoder."""
+# ------------------------------- Losses: tensors in, a loss and its parts out; they never wait for the device
+def world_model_loss(agent, batch):
+    """Loss of encoder, denoiser and R on segments of L + H frames. All parts reach the encoder."""
     # DEVIATES: one batch, encoded once, serves denoiser and R; DIAMOND draws one for each
     z = agent.encoder(batch.obs, batch.real)  # [B, T, C, h, w]
     denoising_loss = agent.denoiser.loss(z, batch.act, batch.real)
     rew_logits, end_logits, _ = agent.reward_end(z, batch.act, batch.has_act)
-    rew_class = batch.rew.long() + 1  # [B, T] 0, 1, 2
+    rew_class = batch.rew.long() + 1  # [B, T] 0, 1 or 2
     rew_error = F.cross_entropy(rew_logits.transpose(1, 2), rew_class, reduction="none")  # [B, T]
     end_error = F.cross_entropy(end_logits.transpose(1, 2), batch.end, reduction="none")  # [B, T]
     reward_loss = masked_mean(rew_error, batch.has_act)
@@ -806,8 +795,8 @@ def world_model_loss(agent: Agent, batch: Batch):
     return denoising_loss + reward_loss + end_loss, logs
 
 
-def actor_critic_loss(agent: Agent, rollout: Rollout):
-    """REINFORCE with lambda-returns and a value baseline. What comes after an imagined end carries no loss."""
+def actor_critic_loss(agent, rollout):
+    """REINFORCE with lambda-returns and a value baseline. After an imagined end there is no loss."""
     args = agent.args
     L = args.num_conditioning_steps
     H = rollout.act.shape[1]
@@ -815,17 +804,17 @@ def actor_critic_loss(agent: Agent, rollout: Rollout):
     logits, value, _ = agent.actor_critic(rollout.z, rollout.real)  # [B, L+H, A], [B, L+H]
     logits = logits[:, L - 1 : L - 1 + H]  # [B, H, A] where actions were taken
     value = value[:, L - 1 : L + H]  # [B, H+1] one more, for the bootstrap
-    returns = lambda_returns(rollout.rew, rollout.end, value.detach(), args.gamma, args.td_lambda)  # [B, H]
-    value = value[:, :-1]  # [B, H]
+    baseline = value[:, :-1]  # [B, H]
+    returns = lambda_returns(rollout.rew, rollout.end, value.detach(), args.gamma, args.td_lambda)
     # DEVIATES: after an imagined end nothing counts; DIAMOND begins another rollout there
     ended_before = rollout.end.cumsum(1) - rollout.end
     alive = ended_before == 0  # [B, H] up to and including the first imagined end
     log_probs = logits.log_softmax(-1)  # [B, H, A]
     log_prob = log_probs.gather(-1, rollout.act[..., None]).squeeze(-1)  # [B, H]
     entropy = masked_mean(-(log_probs.exp() * log_probs).sum(-1), alive)
-    advantage = (returns - value).detach()
+    advantage = (returns - baseline).detach()  # [B, H]
     policy_loss = masked_mean(-log_prob * advantage, alive)
-    value_loss = masked_mean((value - returns).square(), alive)
+    value_loss = masked_mean((baseline - returns).square(), alive)
     logs = {
         "losses/policy": policy_loss.detach(),
         "losses/value": value_loss.detach(),
@@ -835,13 +824,13 @@ def actor_critic_loss(agent: Agent, rollout: Rollout):
     return policy_loss + value_loss - args.ent_coef * entropy, logs
 
 
-# ------------------------------------------------------------------------------------ Measurement, evaluation
+# ------------------------------------------------------------------------- Measurement, evaluation
 @torch.no_grad()
-def measure(agent: Agent, batch: Batch):
+def measure(agent, batch):
     """Holds imagination beside reality, under the real actions, on segments that no update has seen.
 
-    error_h: squared error of the latent h steps ahead, over that of "nothing changes".
-    rewards_read, rewards_found: what R expects where a real reward came, from real and imagined latents.
+    error_1, error_H: squared error of the imagined latent, over that of "nothing changes".
+    rewards_read, rewards_found: what R expects where a reward came, from real and imagined latents.
     change_rms: how far the latent moves in one step.
     """
     L = agent.args.num_conditioning_steps
@@ -873,39 +862,40 @@ def measure(agent: Agent, batch: Batch):
 
 
 @torch.no_grad()
-def evaluate_policy(agent: Agent, env_id, num_episodes, seed):
-    """Plays full games, one after the other: sampled policy, epsilon 0, unclipped. Returns result.json's content."""
+def evaluate_policy(agent, env_id, num_episodes, seed):
+    """Plays full games, one after the other, with the sampled policy -> the content of result.json."""
     torch.manual_seed(seed)
     device = agent.encoder.center.device
     env = make_env(env_id, seed, agent.args.image_size)
     returns = []
     lengths = []
-    for game in progress(num_episodes, "game", num_episodes, sums={}):
+    for game in progress(num_episodes, "game", num_episodes, losses={}):
         obs, _ = env.reset(seed=seed + game)
         state = None
-        over = False
-        returns.append(0.0)
-        lengths.append(0)
-        while not over and lengths[-1] < MAX_STEPS:
+        game_over = False
+        game_return = 0.0
+        length = 0
+        while not game_over and length < MAX_STEPS:
             act, state = agent.act(torch.from_numpy(obs).to(device)[None], state)
             obs, rew, terminated, truncated, _ = env.step(act.item())
-            over = terminated or truncated
-            returns[-1] += rew
-            lengths[-1] += 1
+            game_over = terminated or truncated
+            game_return += rew
+            length += 1
+        returns.append(game_return)
+        lengths.append(length)
+    env.close()
     atari = is_atari(env.spec)
     ale = getattr(env.unwrapped, "ale", None)
-    env.close()
     protocol = {
         "policy": "sampled",
+        "eval_seed": seed,
         "noop_max": NOOP_MAX if atari else "unknown",
         "frame_skip": FRAME_SKIP if atari else "unknown",
         "sticky_actions": ale.getFloat("repeat_action_probability") if ale else "unknown",
-        "eval_seed": seed,
     }
     return asdict(agent.args) | {
         "atari": atari,
         "mean_return": np.mean(returns).item(),
-        "std_return": np.std(returns).item(),
         "returns": returns,
         "lengths": lengths,
         "protocol": protocol,
@@ -913,9 +903,9 @@ def evaluate_policy(agent: Agent, env_id, num_episodes, seed):
     }
 
 
-# ------------------------------------------------------------------ Optimizers, files, progress
-def count_updates(args: Args):
-    """Number of epochs, of world-model updates and of actor-critic updates in the whole run."""
+# -------------------------------------------------------------------- Optimizers, files, progress
+def count_updates(args):
+    """Epochs, world-model updates and actor-critic updates of the whole run."""
     later_epochs = math.ceil((args.total_steps - args.first_collect_steps) / args.collect_steps)
     later_epochs += args.final_epochs
     wm_updates = args.first_world_model_updates + later_epochs * args.world_model_updates
@@ -923,8 +913,9 @@ def count_updates(args: Args):
     return 1 + later_epochs, wm_updates, ac_updates
 
 
-def make_optimizers(agent: Agent, args: Args):
-    """AdamW with its schedule for the world model, then for the actor-critic."""
+def make_optimizers(agent, args):
+    """AdamW for the world model and for the actor-critic, and their schedules."""
+
     def group(network, lr_scale, clip):
         return {"params": network.parameters(), "lr": args.learning_rate * lr_scale, "clip": clip}
 
@@ -932,62 +923,61 @@ def make_optimizers(agent: Agent, args: Args):
     denoiser = group(agent.denoiser, 1.0, args.world_model_clip)
     reward_end = group(agent.reward_end, 1.0, args.reward_end_clip)
     actor_critic = group(agent.actor_critic, 1.0, args.actor_critic_clip)
-    wm_optimizer = torch.optim.AdamW([encoder, denoiser, reward_end], weight_decay=0.01, fused=True)  # [D]
+    wm_groups = [encoder, denoiser, reward_end]
+    wm_optimizer = torch.optim.AdamW(wm_groups, weight_decay=0.01, fused=True)  # [D]
     ac_optimizer = torch.optim.AdamW([actor_critic], weight_decay=0.0, fused=True)  # [D]
-    _, wm_updates, ac_updates = count_updates(args)
 
-    def schedule(updates):
+    def schedule(optimizer, updates):
         def factor(k):
-            warm = min(1.0, (k + 1) / max(1, args.warmup_updates))
-            return warm * (1 - k / updates) if args.anneal_lr else warm
+            rise = min(1.0, (k + 1) / max(1, args.warmup_updates))
+            return rise * (1 - k / updates) if args.anneal_lr else rise
 
-        return factor
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
-    wm_scheduler = torch.optim.lr_scheduler.LambdaLR(wm_optimizer, schedule(wm_updates))
-    ac_scheduler = torch.optim.lr_scheduler.LambdaLR(ac_optimizer, schedule(ac_updates))
+    _, wm_updates, ac_updates = count_updates(args)
+    wm_scheduler = schedule(wm_optimizer, wm_updates)
+    ac_scheduler = schedule(ac_optimizer, ac_updates)
     return wm_optimizer, ac_optimizer, wm_scheduler, ac_scheduler
 
 
 def optimize(loss, optimizer, scheduler):
-    """One update; every group of parameters has its own largest gradient norm."""
+    """One update. Every group of parameters has its own largest gradient norm."""
     optimizer.zero_grad()
     loss.backward()
     for group in optimizer.param_groups:
         nn.utils.clip_grad_norm_(group["params"], group["clip"])
     optimizer.step()
     scheduler.step()
+    torch.compiler.cudagraph_mark_step_begin()  # CUDA graphs may overwrite what they left
 
 
 class RunDir:
     """<runs-dir>/<env-id>__<exp-name>__<seed>: script, args.json, metrics.jsonl, ckpt.pt, result.json."""
 
-    def __init__(self, args: Args):
-        """Creates the directory, or finds its own run there. Raises UsageError if it holds another one."""
+    def __init__(self, args):
+        """Creates the directory, or finds its own run there. Raises UsageError if it holds another."""
         name = f"{args.env_id}__{args.exp_name}__{args.seed}"
         self.path = Path(args.runs_dir, re.sub(r"[^\w.-]", "-", name))
         self.path.mkdir(parents=True, exist_ok=True)
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoint = self.path / "ckpt.pt"
-        self.result = self.path / "result.json"
-        fixed = asdict(args)
-        for name in ("compile", "runs_dir", "checkpoint_minutes", "track"):  # these may change on the way
-            del fixed[name]
-        self.claim("args.json", json.dumps(fixed, indent=1))
+        settings = asdict(args)
+        for free in ("compile", "runs_dir", "checkpoint_minutes", "track"):  # may change on the way
+            del settings[free]
+        self.claim("args.json", json.dumps(settings, indent=1))
         self.claim(Path(__file__).name, Path(__file__).read_text())
         self.wandb = None
         if args.track:
             wandb = import_module("wandb")
-            self.wandb = wandb.init(project="jedi", id=self.path.name, resume="allow", config=fixed)
+            self.wandb = wandb.init(project="jedi", id=self.path.name, resume="allow", config=settings)
 
     def claim(self, name, text):
-        """Writes a file that identifies the run, or compares it with what is there."""
+        """Writes a file that identifies the run, or compares it with the one that is there."""
         file = self.path / name
-        if not file.exists():
-            file.write_text(text)
-        for old, new in zip(file.read_text().splitlines(), text.splitlines()):
-            if old != new:
-                remedy = "change --exp-name or --seed, or delete the directory"
-                raise UsageError(f"{file} is of another run: {old.strip()}, not {new.strip()}; {remedy}")
+        if file.exists() and file.read_text() != text:
+            remedy = "change --exp-name or --seed, or delete the directory"
+            raise UsageError(f"{self.path} holds another run, see its {name}; {remedy}")
+        file.write_text(text)
 
     def log(self, metrics, global_step):
         """Appends a line of JSON."""
@@ -1003,10 +993,10 @@ class RunDir:
         os.replace(temporary, self.checkpoint)
 
 
-def progress(count, what, updates_left, sums):
+def progress(count, what, updates_left, losses):
     """Counts to `count`. Every ten seconds it prints how far it is and when the run will end.
 
-    Raises UsageError if one of the sums of logged values is not finite.
+    Raises UsageError if one of the losses so far is not finite.
     """
     start = time.time()
     last_print = start
@@ -1015,28 +1005,28 @@ def progress(count, what, updates_left, sums):
         now = time.time()
         if i + 1 == count or now - last_print > 10:
             last_print = now
-            for name, value in sums.items():
-                if not math.isfinite(value):
-                    raise UsageError(f"{name} is not finite after {what} {i + 1}; lower --learning-rate")
+            for name, loss in losses.items():
+                if not math.isfinite(loss):
+                    raise UsageError(f"{name} is {loss} after {what} {i + 1}; lower --learning-rate")
             minutes = (now - start) / 60 * (updates_left / (i + 1) - 1)
             print(f"  {what} {i + 1:,}/{count:,}, {minutes:,.1f} min to go", flush=True)
 
 
 def keep_freed_memory():
-    """Tells glibc to keep large freed blocks; else training on a CPU waits for zeroed pages again and again."""
+    """Tells glibc to keep freed blocks. Else training on a CPU waits for zeroed pages all the time."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
-# ------------------------------------------------------------------------------------------ Main
-def main(args: Args):
+# --------------------------------------------------------------------------------------------- Main
+def main(args):
     """Trains, evaluates and returns the content of result.json. Raises UsageError."""
     check_args(args)
     keep_freed_memory()
     torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32 on CUDA
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     torch.backends.cudnn.benchmark = True  # shapes are fixed: try all convolution kernels once
     env = make_env(args.env_id, args.seed, args.image_size)
     try:
@@ -1046,22 +1036,21 @@ def main(args: Args):
         flags = f"--device {args.device} --total-steps {args.total_steps}"
         raise UsageError(f"{flags}: {str(error).splitlines()[0]}") from None
     run = RunDir(args)
-    if run.result.exists():
+    result_file = run.path / "result.json"
+    if result_file.exists():
         print(f"{run.path} has finished; another --seed or --exp-name is another run")
-        return json.loads(run.result.read_text())
+        return json.loads(result_file.read_text())
 
     agent = Agent(args, int(env.action_space.n)).to(device)
     wm_optimizer, ac_optimizer, wm_scheduler, ac_scheduler = make_optimizers(agent, args)
-    wm_loss = world_model_loss
-    ac_loss = actor_critic_loss
-    step = imagine_step
-    if args.compile and device.type == "cuda":
+    eager = not args.compile or device.type != "cuda"
+    if not eager:
         print("the first updates compile, which takes 1 to 4 minutes", flush=True)
         torch.cuda.set_device(device)  # streams and graphs live on the current device
-        fast = partial(torch.compile, fullgraph=True, dynamic=False, mode="reduce-overhead")
-        wm_loss = fast(world_model_loss)
-        ac_loss = fast(actor_critic_loss)
-        step = fast(imagine_step)
+    fast = partial(torch.compile, fullgraph=True, dynamic=False, mode="reduce-overhead", disable=eager)
+    wm_loss = fast(world_model_loss)
+    ac_loss = fast(actor_critic_loss)
+    step = fast(imagine_step)
 
     parts = {
         "agent": agent,
@@ -1083,27 +1072,27 @@ def main(args: Args):
         epoch = state["epoch"]
         global_step = state["global_step"]
         start_time -= state["seconds"]
-        os.truncate(run.metrics, state["metrics_bytes"])  # forgets what was logged after the checkpoint
+        os.truncate(run.metrics, state["metrics_bytes"])  # forgets what came after the checkpoint
         print(f"{run.path}: going on after epoch {epoch}")
 
     num_epochs, wm_updates, ac_updates = count_updates(args)
     updates_left = wm_updates + ac_updates - wm_scheduler.last_epoch - ac_scheduler.last_epoch
-    plan = f"{num_epochs - epoch:,} epochs, {args.total_steps - global_step:,} steps, {updates_left:,} updates to go"
     size = sum(parameter.numel() for parameter in agent.parameters())
-    print(f"{run.path}: {args.preset} preset on {device}, {size:,} parameters, {plan}", flush=True)
+    print(f"{run.path}: preset {args.preset} on {device}, {size:,} parameters, {updates_left:,} updates to go")
     last_save = time.time()
-    game_over = True  # a resumed run begins a new game, because the emulator's state is not kept
+    game_over = True  # a resumed run begins a new game, for the emulator's state is not kept
     end = True  # of the learning episode
     L = args.num_conditioning_steps
     H = args.horizon
     while epoch < num_epochs:
         first_epoch = epoch == 0
         metrics = {}
+        losses = defaultdict(float)
 
         # 1. COLLECT with the policy. A lost life ends the learning episode; the game goes on
         steps = args.first_collect_steps if first_epoch else args.collect_steps
         steps = min(steps, args.total_steps - global_step)
-        for _ in progress(steps, "collect", steps, sums={}):
+        for _ in progress(steps, "step", steps, losses={}):
             if game_over:
                 obs, info = env.reset()
                 lives = info.get("lives", 0)
@@ -1130,22 +1119,17 @@ def main(args: Args):
 
         # 2. TRAIN THE WORLD MODEL: encoder, denoiser, reward and end model
         updates = args.first_world_model_updates if first_epoch else args.world_model_updates
-        sums = defaultdict(float)
-        for _ in progress(updates, "world model", updates_left, sums):
-            torch.compiler.cudagraph_mark_step_begin()  # graphs may overwrite what they left in the last update
+        for _ in progress(updates, "world-model update", updates_left, losses):
             batch = replay.sample(replay.anchors(args.batch_size), L - 1, H)
             loss, logs = wm_loss(agent, batch)
             optimize(loss, wm_optimizer, wm_scheduler)
             for name, value in logs.items():
-                sums[name] += value
+                losses[name] += value / updates
         updates_left -= updates
-        metrics |= {name: value.item() / updates for name, value in sums.items()}
 
         # 3. TRAIN THE ACTOR-CRITIC IN IMAGINATION
         updates = args.first_actor_critic_updates if first_epoch else args.actor_critic_updates
-        sums = defaultdict(float)
-        for _ in progress(updates, "actor-critic", updates_left, sums):
-            torch.compiler.cudagraph_mark_step_begin()
+        for _ in progress(updates, "actor-critic update", updates_left, losses):
             batch = replay.sample(replay.anchors(args.batch_size), L - 1, 0)
             with torch.no_grad():
                 z = agent.encoder(batch.obs)  # [B, L, C, h, w]
@@ -1153,12 +1137,12 @@ def main(args: Args):
             loss, logs = ac_loss(agent, rollout)
             optimize(loss, ac_optimizer, ac_scheduler)
             for name, value in logs.items():
-                sums[name] += value
+                losses[name] += value / updates
         updates_left -= updates
-        metrics |= {name: value.item() / updates for name, value in sums.items()}
 
         # 4. LOG AND CHECKPOINT
         epoch += 1
+        metrics |= {name: value.item() for name, value in losses.items()}
         metrics["charts/hours"] = (time.time() - start_time) / 3600
         run.log(metrics, global_step)
         shown = [f"{name.split('/')[1]} {value:.2f}" for name, value in metrics.items()]
@@ -1181,25 +1165,20 @@ def main(args: Args):
     result["global_step"] = global_step
     result["wall_time_s"] = time.time() - start_time
     run.log({"eval/episodic_return": result["mean_return"]}, global_step)
-    run.result.write_text(json.dumps(result, indent=1))
-    minutes = result["wall_time_s"] / 60
-    print(f"{run.path}: mean return {result['mean_return']:.2f} of {args.eval_episodes} games, {minutes:.1f} min")
+    result_file.write_text(json.dumps(result, indent=1))
+    print(f"{run.path}: mean return {result['mean_return']:.2f} of {args.eval_episodes} games")
     return result
 
 
 def parse_args(argv=None):
-    """Command line -> Args: the values of the preset, changed by the flags. The preset follows the machine."""
-
-    @dataclass
-    class Preset:
-        preset: Literal["paper", "small"] = "paper" if torch.cuda.is_available() else "small"
-
-    first, _ = tyro.cli(Preset, args=argv, return_unknown_args=True, add_help=False)
+    """Command line -> Args: the preset's values, changed by the flags. The machine chooses the preset."""
+    by_machine = Args(preset="paper" if torch.cuda.is_available() else "small")
+    first, _ = tyro.cli(Args, args=argv, default=by_machine, return_unknown_args=True, add_help=False)
     return tyro.cli(Args, args=argv, default=PRESETS[first.preset])
 
 
 if __name__ == "__main__":
-    sys.path.append(os.getcwd())  # modules of own environments
+    sys.path.append(os.getcwd())  # modules of your own environments
     try:
         main(parse_args())
     except UsageError as error:

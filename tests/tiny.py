@@ -1,6 +1,8 @@
 """Tiny hyperparameters, networks and recordings, which the tests share."""
 
 import dataclasses
+import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -115,3 +117,21 @@ def assert_equal(a, b, path=""):
         assert torch.equal(a, b), path
     else:
         assert a == b, path
+
+
+def command_line(capsys, words, script=ROOT / "jedi.py"):
+    """Runs the script as `python jedi.py ...` does, in this process -> exit code, standard output, standard error."""
+    capsys.readouterr()
+    arguments = sys.argv
+    path = list(sys.path)
+    sys.argv = [str(script), *words]
+    code = 0
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as exit_:
+        code = exit_.code
+    finally:
+        sys.argv = arguments
+        sys.path[:] = path
+    out, err = capsys.readouterr()
+    return code, out, err
