@@ -293,6 +293,8 @@ def read_methods(arguments):
         for file in find(Path(path), "result.json"):
             method, protocol, rows = read_file(file)
             method = given or method
+            if not rows:
+                raise Problem(f"{file}: no score in it; leave it out")
             protocols.setdefault(method, {})[protocol] = file
             for game, seed, score in rows:
                 if type(score) not in (int, float) or not abs(score) < 1e15:
@@ -361,8 +363,9 @@ def score(options):
     games = set(SCORES)  # those that all methods with Atari games have
     names = set()
     for name in chosen:
-        games = games & set(scores[name]) or games
         names |= set(scores[name])
+        if set(SCORES) & set(scores[name]):
+            games &= set(scores[name])
     games = sorted(games)
     rows = dict.fromkeys(["", *sorted(names)])
     columns = []
@@ -372,7 +375,7 @@ def score(options):
     results = {}
     for name in chosen:
         results[name] = {}
-        if set(games) <= set(scores[name]):
+        if games and set(games) <= set(scores[name]):
             runs = [scores[name][game] for game in games]
             results[name] = bootstrap(aggregates, games, runs, options.seed)
         for key, value in quoted.get(name, {}).items():
@@ -494,8 +497,9 @@ class Run:
         act = batch.act[:, L - 1 : -1]  # [B, H]
         recorded = [batch.obs[:, L:], act, batch.rew[:, L - 1 : -1], batch.end[:, L - 1 : -1]]
         z = self.agent.encoder(batch.obs[:, :L])
-        real = batch.real[:, :L]
-        dreamt = self.source.imagine(self.agent, z, batch.act[:, :L], real, H, act)
+        dreamt = self.source.imagine(
+            self.agent, z, batch.act[:, :L], batch.real[:, :L], H, act
+        )
         frames = self.retrieve(replay, dreamt.z[:, L:].flatten(0, 1))
         frames = frames.unflatten(0, act.shape)  # [B, H, 3, S, S]
         films = []
@@ -562,8 +566,9 @@ def look(options):
     run = Run(path, options.device, options.seed)
     if options.checkpoint:
         run.env.close()  # some games allow one instance in a process
-        env_id = run.args.env_id
-        result = run.source.evaluate_policy(run.agent, env_id, options.episodes, options.seed)
+        result = run.source.evaluate_policy(
+            run.agent, run.args.env_id, options.episodes, options.seed
+        )
         result["global_step"] = run.state.get("global_step", run.args.total_steps)
         print(f"mean return {result['mean_return']:.2f} of {options.episodes} games")
         if out:
@@ -594,8 +599,8 @@ def main(argv=None):
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--curves", action="store_true")
     parser.add_argument("--checkpoint")
-    parser.add_argument("--imagine", nargs=2, metavar=("RUN", "PNG"))
-    parser.add_argument("--dream", nargs=2, metavar=("RUN", "GIF"))
+    parser.add_argument("--imagine", nargs=2)
+    parser.add_argument("--dream", nargs=2)
     parser.add_argument("--out", "--plot")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--episodes", type=int, default=100)

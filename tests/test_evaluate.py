@@ -88,8 +88,9 @@ def failure(capsys, *arguments):
 
 
 def cells(out):
-    """The printed table: {first word of a row: the other words}."""
-    return {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip()}
+    """The printed table, without what is said below it: {first word of a row: the other words}."""
+    table = out.split("games: mean score")[0]
+    return {line.split()[0]: line.split()[1:] for line in table.splitlines()}
 
 
 # ---------------------------------------------------------------- published numbers
@@ -298,10 +299,10 @@ def test_compare_command(tmp_path, capsys, few_resamples):
     a.write_text(json.dumps(SEEDS))
     b.write_text(json.dumps(IRIS))
     assert run(a, b, "--compare", "b", "a") == 0
-    rows = {line.split("  ")[0]: line.split("  ")[-1].strip() for line in capsys.readouterr().out.splitlines()}
-    assert rows["iqm"].startswith("-0.14 [")
-    assert rows["P(A > B)"].startswith("0.321 [")
-    assert next(text for name, text in rows.items() if name.startswith("Alien")).startswith("-324 [")
+    out = capsys.readouterr().out
+    assert out.split("\n")[0].split() == ["b", "a", "b", "-", "a"]
+    rows = {line.split()[0]: line.split("  ")[-1].strip() for line in out.splitlines()}
+    assert rows["Alien"].startswith("-324 [") and rows["iqm"].startswith("-0.14 [") and rows["P(A"].startswith("0.334 [")
 
 
 def test_a_hundred_seeds_need_little_memory(few_resamples):
@@ -431,7 +432,7 @@ BAD_FILES = {
     "a.json: deep": ("[" * 100_000, "expected"),
     "a.json: list": ("[1, 2]", "expected"),
     "a.json: number": ("3", "expected"),
-    "a.json: no games": ("{}", "no such method"),
+    "a.json: no games": ("{}", "no score in it"),
     "a.json: dict": (SEEDS | {"Alien": {"a": 1}}, 'Alien holds {"a": 1}'),
     "a.json: scalar": (SEEDS | {"Alien": 744.1}, "Alien holds 744.1"),
     "a.json: text": (SEEDS | {"Alien": "744"}, 'Alien holds "744"'),
@@ -442,7 +443,8 @@ BAD_FILES = {
     "a.json: text in a list": (SEEDS | {"Alien": ["744"]}, 'Alien holds "744"'),
     "a.json: bool": (SEEDS | {"Alien": [True]}, "Alien holds true"),
     "a.json: two names": (SEEDS | {"ALE/Alien-v5": [1]}, "Alien, seed 0 of a is in"),
-    "a.csv: no header": ("Pong,1,20\n", "CSV with game, seed, score"),
+    "a.csv: no header": ("Pong,1,20\nPong,2,20\n", "CSV with game, seed, score"),
+    "a.csv: no rows": ("game,seed,score\n", "no score in it"),
     "a.csv: empty": ("", "CSV with game, seed, score"),
     "a.csv: short row": ("game,seed,score\nPong,1\n", "CSV with game, seed, score"),
     "a.csv: twice": ("game,seed,score\nPong,1,20\npong,1,21\n", "Pong, seed 1 of a is in"),
@@ -460,7 +462,7 @@ def test_bad_files(case, write, capsys):
     content, words = BAD_FILES[case]
     file = write(case.split(":")[0], content)
     message = failure(capsys, file)
-    assert words in message and (file.name in message or "no such method" in message)
+    assert words in message and file.name in message
 
 
 def test_other_refusals(write, tmp_path, capsys):
@@ -553,3 +555,392 @@ def test_any_terminal_can_show_it(encoding, write):
 def test_a_reader_may_leave_early():
     done = in_a_process(f"{sys.executable} evaluate.py --baselines | head -n 1")
     assert b"SimPLe" in done.stdout and done.stderr == b""
+
+
+# ---------------------------------------------------------------- curves
+def write_run(path, returns):
+    """A run whose game i ended at agent step 10 (i + 1)."""
+    path.mkdir(parents=True)
+    (path / "args.json").write_text("{}")
+    lines = [{"global_step": 10 * (i + 1), "charts/episodic_return": x} for i, x in enumerate(returns)]
+    lines.append({"global_step": 50, "world_model/error_1": 0.5, "world_model/error_H": None})
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (path / "metrics.jsonl").write_text(text + '{"global_step": 3')  # the last line was cut off
+
+
+def test_curves_are_those_of_the_log(tmp_path, monkeypatch):
+    axes = pytest.importorskip("matplotlib.axes")
+    drawn = []
+    monkeypatch.setattr(axes.Axes, "plot", lambda self, x, y, label: drawn.append((label, x, y)))
+    monkeypatch.setattr(axes.Axes, "legend", lambda self: None)
+    write_run(tmp_path / "runs" / "Catch__jedi__1", list(range(20)))
+    write_run(tmp_path / "runs" / "Catch__mse__1", [5.0])
+    png = tmp_path / "curves.png"
+    assert run("--curves", tmp_path / "runs", "--plot", png) == 0
+    assert png.read_bytes()[:4] == b"\x89PNG"
+    (label, steps, means), error_1, error_h, *others = drawn
+    assert label == "Catch__jedi__1" and steps == list(range(10, 201, 10))
+    assert means[0] == 0 and means[1] == 0.5 and means[-1] == np.mean(range(10, 20))  # of the last 10 games
+    assert error_1[1:] == ([50], [0.5]) and error_h[1:] == ([], [])
+    assert others[0] == ("Catch__mse__1", [10], [5.0])
+
+
+def test_refusals_of_curves(tmp_path, capsys, monkeypatch):
+    write_run(tmp_path / "runs" / "Catch__jedi__1", [1.0])
+    assert "--plot PNG" in failure(capsys, "--curves", tmp_path / "runs")
+    assert "nothing to draw" in failure(capsys, "--curves", "--plot", tmp_path / "a.png")
+    assert "no/a.png: not written" in failure(capsys, "--curves", tmp_path / "runs", "--plot", tmp_path / "no" / "a.png")
+    for module in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert "pip install matplotlib" in failure(capsys, "--curves", tmp_path, "--plot", tmp_path / "a.png")
+
+
+# ---------------------------------------------------------------- an agent, its game and what it imagines
+FORK = '''"""A stand-in for a script that trains: its frames are all of one grey, and its latent is that grey."""
+from typing import NamedTuple
+import dataclasses
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor
+from jedi import ReplayBuffer, UsageError
+
+@dataclasses.dataclass
+class Args:
+    env_id: str = "mine:Grey-v0"
+    exp_name: str = "mse"
+    seed: int = 1
+    horizon: int = 3
+    num_conditioning_steps: int = 2
+    recency_weights: tuple = (1.0,)
+    image_size: int = 8
+    total_steps: int = 100
+    device: str = "cpu"
+
+class Grey(gym.Env):
+    """The grey grows by the action + 1 at every step; a game ends with reward 1 at its 6th step."""
+    action_space = gym.spaces.Discrete(2)
+    open = 0
+    def __init__(self):
+        Grey.open += 1
+    def close(self):
+        Grey.open -= 1
+    def get_action_meanings(self):
+        return ["STAY", "PUSH"]
+    def frame(self):
+        return np.full((3, 8, 8), self.grey, np.uint8)
+    def reset(self):
+        self.grey = 10
+        self.steps = 0
+        return self.frame(), {}
+    def step(self, act):
+        self.grey += act + 1
+        self.steps += 1
+        return self.frame(), float(self.steps == 6), self.steps == 6, False, {}
+
+def make_env(env_id, seed, image_size):
+    if env_id != "mine:Grey-v0":
+        raise UsageError(f"--env-id {env_id}: no such game")
+    return Grey()
+
+class Rollout(NamedTuple):
+    z: Tensor
+    real: Tensor
+    act: Tensor
+    rew: Tensor
+    end: Tensor
+
+class Agent(torch.nn.Module):
+    """Always pushes."""
+    def __init__(self, args, num_actions):
+        super().__init__()
+        self.args = args
+        self.weight = torch.nn.Parameter(torch.zeros(num_actions))
+    def encoder(self, obs):
+        return obs[..., :1, :1, :1].float()  # [..., 1, 1, 1]
+    def act(self, obs, state=None, epsilon=0.0):
+        return torch.ones(len(obs), dtype=torch.long), state
+
+def imagine(agent, z, act, real, horizon, actions=None):
+    """Right but for the 3rd step, when it stands still. The dream ends at its 4th step."""
+    if actions is None:
+        actions = torch.ones(len(z), horizon, dtype=torch.long)
+    moves = (actions + 1.0) * (torch.arange(horizon) != 2)
+    dreamt = z[:, -1:] + moves.cumsum(1)[..., None, None, None]
+    end = (torch.arange(horizon) == 3).float().expand(len(z), -1)
+    return Rollout(torch.cat([z, dreamt], 1), real, actions, 2 * end, end)
+
+def evaluate_policy(agent, env_id, num_episodes, seed):
+    assert Grey.open == 0
+    returns = [float(seed + i) for i in range(num_episodes)]
+    found = dataclasses.asdict(agent.args) | {"preset": "small", "atari": False, "returns": returns}
+    return found | {"mean_return": float(np.mean(returns)), "protocol": {"policy": "sampled", "eval_seed": seed}}
+'''
+
+
+@pytest.fixture
+def fork(write):
+    """A finished run of a fork, whose script has a name of its own."""
+    torch = pytest.importorskip("torch")
+    path = write("runs/Grey__mse__1/jedi_mse.py", FORK).parent
+    torch.save({"agent": {"weight": torch.zeros(2)}, "global_step": 77}, path / "ckpt.pt")
+    write("runs/Grey__mse__1/args.json", {"exp_name": "mse"})
+    write("runs/Grey__mse__1/result.json", result())
+    return path
+
+
+def content(path):
+    return {file.relative_to(path): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def greys(path, size, columns=1, rows=1):
+    """The grey in the middle of every frame of a picture or film, row by row."""
+    film = pytest.importorskip("PIL.Image").open(path)
+    found = []
+    for page in range(getattr(film, "n_frames", 1)):
+        film.seek(page)
+        for y in range(rows):
+            for x in range(columns):
+                at = ((size + 8) * x + size // 2, (size + 28) * y + size // 2)
+                found.append(film.convert("RGB").getpixel(at)[0])
+    return found
+
+
+def test_looking_leaves_the_run_as_it_was(fork, tmp_path, capsys):
+    before = content(fork)
+    assert run("--checkpoint", fork, "--episodes", 2) == 0
+    assert run("--checkpoint", fork, "--episodes", 2, "--out", tmp_path / "score.json") == 0
+    assert run("--imagine", fork, tmp_path / "strip.png") == 0
+    assert run("--dream", fork, tmp_path / "dream.gif", "--steps", 7) == 0
+    assert run(fork.parent) == 0
+    assert content(fork) == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["dream.gif", "runs", "score.json", "strip.png"]
+
+
+def test_a_score_is_one_like_that_of_training(fork, tmp_path, capsys):
+    out = tmp_path / "score.json"
+    assert run("--checkpoint", fork, "--episodes", 4, "--seed", 5, "--out", out) == 0
+    assert "mean return 6.50 of 4 games" in capsys.readouterr().out
+    assert run(out) == 0
+    printed = capsys.readouterr().out
+    assert cells(printed)["mine:Grey-v0"] == ["6.5"] and "'global_step': 77" in printed
+
+
+def test_a_latent_is_shown_as_the_frame_that_it_came_from(fork):
+    agent = ev.Run(fork, None, seed=0)
+    replay = agent.play(12)
+    frames = replay.data["obs"][:7]
+    assert frames[:, 0, 0, 0].tolist() == [10, 12, 14, 16, 18, 20, 22]
+    assert agent.retrieve(replay, agent.agent.encoder(frames)).equal(frames)
+    assert (agent.retrieve(replay, agent.agent.encoder(frames[:1]) + 4.9) == 14).all()
+
+
+def test_strips_begin_after_the_context_and_follow_the_real_actions(fork):
+    agent = ev.Run(fork, None, seed=0)
+    films = agent.imagine(agent.play(600))
+    assert len(films) == 8
+    for real, imagined in zip(films[::2], films[1::2]):
+        first = int(real[0][0, 0, 0, 0])  # the frame after the action at the context's last one
+        steps = min(3, (22 - first) // 2 + 1)  # to the horizon, or to the end of the game at 22
+        assert real[0][:, 0, 0, 0].tolist() == [first, first + 2, first + 4][:steps]
+        assert imagined[0][:, 0, 0, 0].tolist() == [first, first + 2, first + 2][:steps]  # it stood still
+        assert real[1].tolist() == imagined[1].tolist() == [1] * steps
+        assert real[3].tolist() == real[2].tolist() == [int(first + 2 * t == 22) for t in range(steps)]
+
+
+def test_strips_show_what_the_frames_show(fork, tmp_path):
+    agent = ev.Run(fork, None, seed=0)
+    films = agent.imagine(agent.play(1000))
+    assert run("--imagine", fork, tmp_path / "strip.png") == 0
+    columns = max(len(film[0]) for film in films)
+    expected = []
+    for film in films:
+        shown = film[0][:, 0, 0, 0].tolist()
+        expected += shown + [255] * (columns - len(shown))
+    assert greys(tmp_path / "strip.png", 128, columns, rows=8) == expected
+
+
+def test_a_dream_is_as_long_as_asked_and_begins_anew_after_its_end(fork, tmp_path):
+    agent = ev.Run(fork, None, seed=0)
+    frames, act, rew, end = agent.dream(agent.play(1000), 6)
+    shown = frames[:, 0, 0, 0].tolist()
+    assert len(shown) == 6 and shown[1] == shown[2] or shown[1] == 22  # it stands still at its 3rd step
+    assert act[:6].tolist() == [1] * 6 and rew[:6].tolist() == [0, 0, 0, 2, 0, 0] and end[:6].tolist() == [0, 0, 0, 1, 0, 0]
+    assert run("--dream", fork, tmp_path / "dream.gif", "--steps", 6) == 0
+    film = greys(tmp_path / "dream.gif", 320)
+    assert film == [grey for i, grey in enumerate(shown) if grey in film and (i == 0 or film)][: len(film)]
+
+
+def test_a_long_film_is_drawn_page_by_page(fork, tmp_path, monkeypatch):
+    """A page is made when it is needed, so that one large picture is held at a time, not all of them."""
+    alive = []
+    most = []
+
+    class Page(list):
+        pass
+
+    draw = ev.draw
+
+    def counted(*arguments):
+        import weakref
+
+        page = draw(*arguments)
+        alive.append(weakref.ref(page))
+        most.append(sum(ref() is not None for ref in alive))
+        return page
+
+    monkeypatch.setattr(ev, "draw", counted)
+    assert run("--dream", fork, tmp_path / "dream.gif", "--steps", 40) == 0
+    assert len(most) == 40 and max(most) <= 3
+
+
+def test_refusals_of_looking(fork, tmp_path, capsys, monkeypatch):
+    before = content(fork)
+    assert "at least 1" in failure(capsys, "--checkpoint", fork, "--episodes", 0)
+    assert "at least 1" in failure(capsys, "--dream", fork, tmp_path / "a.gif", "--steps", 0)
+    assert "nowhere: no run of" in failure(capsys, "--checkpoint", tmp_path / "nowhere")
+    assert "no run of" in failure(capsys, "--dream", "game.gif", fork)  # the two swapped
+    assert "no device" in failure(capsys, "--dream", fork, tmp_path / "a.gif", "--device", "toaster")
+    assert "a.abc: not written" in failure(capsys, "--imagine", fork, tmp_path / "a.abc")
+    assert "no/a.gif: not written" in failure(capsys, "--dream", fork, tmp_path / "no" / "a.gif")
+    assert run("--checkpoint", fork, "--out", fork / "result.json") == 2
+    assert "result.json: not written" in capsys.readouterr().err
+    assert content(fork) == before
+    for module in ("PIL", "PIL.ImageFont"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert "pip install pillow" in failure(capsys, "--imagine", fork, tmp_path / "a.png")
+
+
+BROKEN = {
+    "no checkpoint": ("ckpt.pt", None, "no whole checkpoint"),
+    "truncated checkpoint": ("ckpt.pt", 300, "no whole checkpoint"),
+    "other settings": ("args.json", '{"lstm_layers": 3}', "lstm_layers"),
+    "half-written settings": ("args.json", '{"seed"', "no run of"),
+    "unknown game": ("args.json", '{"env_id": "mine:Blue-v0"}', "mine:Blue-v0: no such game"),
+    "other networks": ("jedi_mse.py", FORK.replace("torch.zeros(num_actions)", "torch.zeros(9)"), "is not of"),
+}
+
+
+@pytest.mark.parametrize("file, change, words", BROKEN.values(), ids=BROKEN)
+def test_broken_runs(file, change, words, fork, capsys):
+    whole = (fork / file).read_bytes()
+    (fork / file).unlink()
+    if isinstance(change, int):
+        (fork / file).write_bytes(whole[:change])
+    if isinstance(change, str):
+        (fork / file).write_text(change)
+    assert words in failure(capsys, "--checkpoint", fork)
+
+
+def test_what_an_environment_raises_keeps_its_traceback(fork, tmp_path):
+    (fork / "jedi_mse.py").write_text(FORK.replace("self.grey += act + 1", "open('/nonexistent/level')"))
+    with pytest.raises(FileNotFoundError, match="level"):
+        run("--dream", fork, tmp_path / "a.gif")
+
+
+def test_ctrl_c_ends_without_a_traceback(fork, monkeypatch, capsys):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ev, "Run", stop)
+    assert run("--checkpoint", fork) == 130
+    assert capsys.readouterr().err == ""
+
+
+# ---------------------------------------------------------------- names of actions
+class Five(gym.Env):
+    action_space = gym.spaces.Discrete(5)
+
+    def get_action_meanings(self):
+        return ["WAIT", "A", "B", "C", "D"]
+
+
+class Short(Five):
+    def get_action_meanings(self):
+        return ["WAIT", "A"]
+
+
+class Unnamed(gym.Env):
+    action_space = gym.spaces.Discrete(5)
+
+
+class Reverse(gym.ActionWrapper):
+    """Of as many actions as the game, in another order."""
+
+    def action(self, action):
+        return 4 - action
+
+
+class Chosen(gym.Wrapper):
+    """Offers some actions of the game."""
+
+    def __init__(self, env, count):
+        super().__init__(env)
+        self.action_space = gym.spaces.Discrete(count)
+
+
+class Named(Chosen):
+    def get_action_meanings(self):
+        return ["D", "C"]
+
+
+NAMED = {
+    "the game's": (Five(), ["WAIT", "A", "B", "C", "D"]),
+    "under wrappers that keep them": (gym.wrappers.TimeLimit(gym.Wrapper(Five()), 9), ["WAIT", "A", "B", "C", "D"]),
+    "the outermost": (gym.wrappers.TimeLimit(Named(Five(), 2), 9), ["D", "C"]),
+    "the outermost, too few": (Named(Five(), 3), None),
+    "too few": (Short(), None),
+    "none": (gym.wrappers.TimeLimit(Unnamed(), 9), None),
+    "fewer actions": (Chosen(Five(), 3), None),
+    "as many other actions": (gym.wrappers.TimeLimit(Chosen(Five(), 5), 9), None),
+    "another order": (Reverse(Five()), None),
+}
+
+
+@pytest.mark.parametrize("env, names", NAMED.values(), ids=NAMED)
+def test_names_of_actions(env, names):
+    assert ev.action_names(env) == (names or [f"action {i}" for i in range(env.action_space.n)])
+
+
+# ---------------------------------------------------------------- end to end, with the real jedi.py
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A real run of seconds: what it returned, and its directory."""
+    import jedi
+
+    runs = tmp_path_factory.mktemp("trained")
+    returned = jedi.main(tiny(runs_dir=str(runs)))
+    [path] = runs.iterdir()
+    return returned, path
+
+
+def test_a_real_run_can_be_looked_at_and_stays_as_it_is(trained, tmp_path, capsys):
+    """Also: agent, seed and games of the final score give the final score again."""
+    returned, path = trained
+    before = content(path)
+    final = json.loads((path / "result.json").read_text())
+    seed = final["protocol"]["eval_seed"]
+    assert run("--checkpoint", path, "--episodes", 3, "--seed", seed, "--out", tmp_path / "score.json") == 0
+    score = json.loads((tmp_path / "score.json").read_text())
+    for key in ("returns", "protocol", "global_step"):
+        assert score[key] == final[key]
+    assert run("--imagine", path, tmp_path / "strip.png") == 0
+    assert run("--dream", path, tmp_path / "dream.gif", "--steps", 12) == 0
+    capsys.readouterr()
+    assert run(path.parent, f"again={tmp_path / 'score.json'}") == 0
+    assert "tests.toy:Catch-v0" in cells(capsys.readouterr().out)
+    assert content(path) == before
+
+
+def test_curves_of_a_real_run(trained, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert run("--curves", trained[1].parent, "--plot", tmp_path / "curves.png") == 0
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_a_real_checkpoint_that_was_cut_off(trained, tmp_path, capsys):
+    import shutil
+
+    copy = shutil.copytree(trained[1], tmp_path / "copy")
+    (copy / "ckpt.pt").write_bytes((copy / "ckpt.pt").read_bytes()[:1000])
+    assert "no whole checkpoint" in failure(capsys, "--checkpoint", copy)
