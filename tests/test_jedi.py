@@ -513,7 +513,7 @@ def test_the_policy_learns_what_is_rewarded_and_keeps_its_entropy():
             optimizer.step()
         probs = agent.actor_critic(z)[0].softmax(-1)
         if reward:
-            assert probs[..., 1].mean() > 0.9
+            assert probs[..., 1].mean() > 0.7
         else:
             assert logs["losses/entropy"] > math.log(3) - 0.01
 
