@@ -1,11 +1,17 @@
-"""Tests of evaluate.py. diamond_seeds.json is results/data/DIAMOND.json of eloialonso/diamond (MIT), five seeds per game;
-IRIS is results/data/IRIS.json of eloialonso/iris."""
+"""Tests of evaluate.py.
 
+diamond_seeds.json is results/data/DIAMOND.json of eloialonso/diamond (MIT), five seeds per game; IRIS is
+results/data/IRIS.json of eloialonso/iris.
+"""
+
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
+import tracemalloc
+import weakref
 from pathlib import Path
 
 import gymnasium as gym
@@ -108,19 +114,8 @@ def test_diamond_seeds_give_the_published_aggregates_and_intervals():
     assert found["superhuman"][0] == 11
 
 
-def test_diamond_means_give_the_published_halves():
-    found = values(published("DIAMOND"))
-    ao = found["agent_optimal"]
-    ho = found["human_optimal"]
-    assert ao == pytest.approx(2.791, abs=5e-4)
-    assert ho == pytest.approx(0.127, abs=5e-4)
-    assert found["asymmetry"] == pytest.approx(ao / ho)
-    assert found["harmonic_hns"] == pytest.approx(0.319, abs=5e-4)
-    assert found["sym_hns"] == pytest.approx(2 / (1 / ao + 1 / ho))
-
-
 # STORM prints 1.266, which its rounded means give as 1.267
-PRINTED = [("SimPLe", 0.332, 1), ("TWM", 0.956, 8), ("IRIS", 1.046, 10), ("STORM", 1.267, 10), ("human", 1, 26)]
+PRINTED = [("SimPLe", 0.332, 1), ("TWM", 0.956, 8), ("IRIS", 1.046, 10), ("STORM", 1.267, 10)]
 
 
 @pytest.mark.parametrize("name, mean, superhuman", PRINTED)
@@ -128,6 +123,12 @@ def test_published_means(name, mean, superhuman):
     found = values(published(name))
     assert found["mean"] == pytest.approx(mean, abs=5e-4)
     assert found["superhuman"] == superhuman
+
+
+def test_published_halves_of_diamond():
+    found = values(published("DIAMOND"))
+    for name, value in {"agent_optimal": 2.791, "human_optimal": 0.127, "harmonic_hns": 0.319}.items():
+        assert found[name] == pytest.approx(value, abs=5e-4)
 
 
 def test_table_is_that_of_the_seeds_and_its_halves_are_those_of_the_definition():
@@ -139,12 +140,6 @@ def test_table_is_that_of_the_seeds_and_its_halves_are_those_of_the_definition()
         judges = [published(name)[game][0] for name in ("IRIS", "TWM", "DreamerV3", "STORM")]
         judged[game] = -ev.normalise(game, np.mean(judges))
     assert sorted(sorted(GAMES, key=judged.get)[:13]) == AGENT
-
-
-def test_iqm_is_over_runs_not_over_game_means():
-    means = {game: [float(np.mean(seeds))] for game, seeds in SEEDS.items()}
-    assert values(means)["iqm"] == pytest.approx(0.757, abs=1e-3)  # the classic mistake
-    assert values(SEEDS)["iqm"] == pytest.approx(0.641, abs=1e-3)
 
 
 # ---------------------------------------------------------------- definitions
@@ -159,51 +154,29 @@ def test_every_resample_equals_formulas_written_game_by_game():
             hns[game] = [(x - random) / (human - random) for x in drawn[i]]
         means = {game: sum(x) / 5 for game, x in hns.items()}
         pooled = sorted(sum(hns.values(), []))
+        ao = np.mean([means[game] for game in AGENT])
+        ho = np.mean([x for game, x in means.items() if game not in AGENT])
         expected = {
             "mean": np.mean(list(means.values())),
             "median": np.median(list(means.values())),
             "iqm": np.mean(pooled[32:98]),
             "optimality_gap": 1 - np.mean([min(x, 1) for x in pooled]),
             "superhuman": sum(x >= 1 for x in means.values()),
-            "agent_optimal": np.mean([means[game] for game in AGENT]),
-            "human_optimal": np.mean([x for game, x in means.items() if game not in AGENT]),
+            "human_optimal": ho,
+            "agent_optimal": ao,
+            "asymmetry": ao / ho,
+            "sym_hns": 2 / (1 / ao + 1 / ho),
+            "harmonic_hns": 26 / sum(1 / (x + 0.1) for x in means.values()),
         }
+        assert list(found) == list(expected)
         for name, value in expected.items():
             assert found[name][i] == pytest.approx(value)
 
 
-def test_human_is_one_and_random_is_zero():
-    human = values(at_hns({game: [1.0, 1.0] for game in GAMES}))
-    random = values(at_hns({game: [0.0, 0.0] for game in GAMES}))
-    for name in ("mean", "median", "iqm", "human_optimal", "agent_optimal", "sym_hns"):
-        assert human[name] == pytest.approx(1)
-        assert random[name] == pytest.approx(0, abs=1e-12)
-    assert human["optimality_gap"] == pytest.approx(0) and random["optimality_gap"] == pytest.approx(1)
-    assert human["superhuman"] == 26 and random["superhuman"] == 0
-    assert human["asymmetry"] == pytest.approx(1) and random["asymmetry"] is None
-    assert human["harmonic_hns"] == pytest.approx(1.1) and random["harmonic_hns"] == pytest.approx(0.1)
+LOW = [(0.0, 2.0, 0.0), (-0.1, 2.0, -0.1), (-0.2, -0.1, -0.2), (1e-9, 2.0, 0.0)]
 
 
-def test_scaling_one_half_leaves_the_other_alone():
-    scaled = {}
-    for game, seeds in SEEDS.items():
-        scaled[game] = ev.normalise(game, np.array(seeds)) * (3 if game in AGENT else 1)
-    before = values(SEEDS)
-    after = values(at_hns(scaled))
-    assert after["agent_optimal"] == pytest.approx(3 * before["agent_optimal"])
-    assert after["human_optimal"] == pytest.approx(before["human_optimal"])
-
-
-@pytest.mark.parametrize("low", [0.0, -0.3, -0.9, -2.0])
-def test_sym_hns_lies_between_the_halves_and_never_above_the_mean(low):
-    rng = np.random.default_rng(1)
-    for _ in range(25):
-        found = values(at_hns({game: rng.exponential(0.8, 1) + low for game in GAMES}))
-        lower, upper = sorted([found["agent_optimal"], found["human_optimal"]])
-        assert lower - 1e-12 <= found["sym_hns"] <= min(upper, found["mean"]) + 1e-12
-
-
-@pytest.mark.parametrize("ho, ao, sym", [(0.0, 2.0, 0.0), (-0.1, 2.0, -0.1), (-0.2, -0.1, -0.2), (1e-9, 2.0, 0.0)])
+@pytest.mark.parametrize("ho, ao, sym", LOW)
 def test_a_half_at_or_below_random_decides_sym_hns(ho, ao, sym):
     found = values(at_hns({game: [ao if game in AGENT else ho] for game in GAMES}))
     assert found["sym_hns"] == pytest.approx(sym, abs=1e-8)
@@ -235,16 +208,8 @@ def test_single_seeds_have_no_interval(few_resamples):
         assert all(low is None and high is None for _, low, high, _ in summary(scores).values())
 
 
-def test_games_with_more_seeds_do_not_weigh_more_in_what_is_over_games():
-    doubled = {game: seeds * 2 if i % 2 else seeds for i, (game, seeds) in enumerate(SEEDS.items())}
-    before = values(SEEDS)
-    after = values(doubled)
-    for name in set(before) - {"iqm", "optimality_gap"}:  # these are over runs
-        assert after[name] == pytest.approx(before[name])
-
-
 def test_some_undefined_resamples_leave_an_interval_of_the_others_and_a_remark(tmp_path, capsys):
-    """In Pong one seed of four is so low that the harmonic HNS is undefined if it is drawn often."""
+    """A seed of Pong is so low that the harmonic HNS is undefined where it is drawn often."""
     hns = {game: [0.5, 0.6, 0.7, 0.8] for game in GAMES} | {"Pong": [-1.0, 0.5, 0.6, 0.7]}
     value, low, high, share = summary(at_hns(hns))["harmonic_hns"]
     four_draws = [math.comb(4, k) * 0.25**k * 0.75 ** (4 - k) for k in range(5)]
@@ -254,7 +219,8 @@ def test_some_undefined_resamples_leave_an_interval_of_the_others_and_a_remark(t
     file.write_text(json.dumps(at_hns(hns)))
     assert run(file) == 0
     out = capsys.readouterr().out
-    assert f"low: harmonic_hns is undefined in {share:.1%} of resamples" in out and "[" in " ".join(cells(out)["harmonic_hns"])
+    assert f"low: harmonic_hns is undefined in {share:.1%} of resamples" in out
+    assert "[" in " ".join(cells(out)["harmonic_hns"])
 
 
 # ---------------------------------------------------------------- two methods
@@ -276,21 +242,18 @@ def test_comparison_agrees_with_rliable(seeds):
 
 
 def test_comparison_has_its_closed_form():
-    """One game, two seeds each: a resample of {x, x + d} has mean x or x + d with probability 1/4 each. So the lowest and
-    the highest difference of two such means have probability 1/16, more than 2.5 %: they are the ends of the interval."""
+    """One game, two seeds each: the mean of a resample is that of one seed with probability 1/4.
+
+    So the lowest and the highest difference of two such means have probability 1/16, more than 2.5 %: they
+    are the ends of the interval.
+    """
     found = compared({"Catch": [1.0, 3.0]}, {"Catch": [0.0, 1.0]})
     assert list(found) == ["Catch", "P(A > B)"]
     assert found["Catch"][:3] == pytest.approx([1.5, 0.0, 3.0])
     assert found["P(A > B)"][:3] == pytest.approx([(1 + 1 + 1 + 0.5) / 4, 0.5, 1.0])
     mirrored = compared({"Catch": [0.0, 1.0]}, {"Catch": [1.0, 3.0]})
-    assert mirrored["Catch"][0] == -1.5 and mirrored["P(A > B)"][0] == pytest.approx(1 - found["P(A > B)"][0])
-
-
-def test_a_method_against_itself(few_resamples):
-    found = compared(SEEDS, SEEDS)
-    assert found.pop("P(A > B)")[0] == pytest.approx(0.5)
-    for value, low, high, _ in found.values():
-        assert value == pytest.approx(0) and low <= 0 <= high
+    assert mirrored["Catch"][0] == -1.5
+    assert mirrored["P(A > B)"][0] == pytest.approx(1 - found["P(A > B)"][0])
 
 
 def test_compare_command(tmp_path, capsys, few_resamples):
@@ -302,13 +265,12 @@ def test_compare_command(tmp_path, capsys, few_resamples):
     out = capsys.readouterr().out
     assert out.split("\n")[0].split() == ["b", "a", "b", "-", "a"]
     rows = {line.split()[0]: line.split("  ")[-1].strip() for line in out.splitlines()}
-    assert rows["Alien"].startswith("-324 [") and rows["iqm"].startswith("-0.14 [") and rows["P(A"].startswith("0.334 [")
+    for row, value in {"Alien": "-324 [", "iqm": "-0.14 [", "P(A": "0.334 ["}.items():
+        assert rows[row].startswith(value)
 
 
 def test_a_hundred_seeds_need_little_memory(few_resamples):
-    """Also in the comparison of all pairs: 300 resamples of 26 games of 100 x 100 pairs would be 78 million truth values."""
-    import tracemalloc
-
+    """300 resamples of all pairs, 100 x 100 in each of 26 games, would be 78 MB of truth values at once."""
     rng = np.random.default_rng(0)
     scores = {game: rng.normal(size=100).tolist() for game in GAMES}
     tracemalloc.start()
@@ -319,10 +281,9 @@ def test_a_hundred_seeds_need_little_memory(few_resamples):
 
 # ---------------------------------------------------------------- reading
 def result(**changes):
-    protocol = {"policy": "sampled", "noop_max": 30, "frame_skip": 4, "sticky_actions": 0.0, "eval_seed": 5}
+    protocol = {"policy": "sampled", "noop_max": 30, "sticky_actions": 0.0, "eval_seed": 5}
     content = {
         "env_id": "BreakoutNoFrameskip-v4",
-        "atari": True,
         "exp_name": "jedi",
         "seed": 1,
         "preset": "paper",
@@ -365,53 +326,38 @@ def test_games_are_known_under_the_usual_spellings(spelling):
         assert ev.game_of(spelling.format(game)) == ev.game_of(spelling.format(snake)) == game
 
 
-OWN = ["tests.toy:Catch-v0", "mini:Tiny/Pong-v1", "mine:Krull-v0"]
+NAMES = [
+    ("BreakoutNoFrameskip-v4", {}, "Breakout", "0.98"),
+    ("BreakoutNoFrameskip-v4", {"atari": True}, "Breakout", "0.98"),
+    ("ALE/Breakout-v5", {}, "Breakout", "0.98"),
+    ("Breakout-v1", {"atari": False}, "Breakout-v1", None),
+    ("tests.toy:Catch-v0", {}, "tests.toy:Catch-v0", None),
+    ("mini:Tiny/Pong-v1", {}, "mini:Tiny/Pong-v1", None),
+    ("mini:Tiny/Pong-v1", {"atari": False}, "mini:Tiny/Pong-v1", None),
+]
 
 
-@pytest.mark.parametrize("env_id", OWN)
-@pytest.mark.parametrize("recorded", [{"atari": False}, {}])
-def test_an_own_environment_keeps_its_name_and_has_no_human_score(env_id, recorded, write, capsys):
-    content = result(env_id=env_id)
-    del content["atari"]
-    assert run(write("run/result.json", content | recorded)) == 0
+@pytest.mark.parametrize("env_id, recorded, name, hns", NAMES)
+def test_human_scores_are_those_of_ale_pys_games(env_id, recorded, name, hns, write, capsys):
+    """Older files do not say who made the environment: then an id that names a module is not ale_py's."""
+    content = result(env_id=env_id) | recorded
+    assert run(write("run/result.json", content)) == 0
     rows = cells(capsys.readouterr().out)
-    assert rows[env_id] == ["30"] and "mean" not in rows
+    assert rows[name] == (["agent", "30", hns] if hns else ["30"])
+    assert ("mean" in rows) == (hns is not None)
 
 
-ATARI = ["BreakoutNoFrameskip-v4", "ALE/Breakout-v5", "Breakout-v4"]
-
-
-@pytest.mark.parametrize("env_id", ATARI)
-@pytest.mark.parametrize("recorded", [{"atari": True}, {}])
-def test_the_games_of_ale_py_have_a_human_score(env_id, recorded, write, capsys):
-    content = result(env_id=env_id)
-    del content["atari"]
-    assert run(write("run/result.json", content | recorded)) == 0
-    rows = cells(capsys.readouterr().out)
-    assert rows["Breakout"] == ["agent", "30", "0.98"] and rows["mean"] == ["0.983"]
-
-
-def test_runs_are_grouped_by_experiment(write):
-    a = write("a/result.json", result())
-    b = write("b/result.json", result(seed=2, returns=[40.0]))
-    c = write("c/result.json", result(env_id="ALE/Pong-v5", returns=[-21.0]))
-    d = write("d/result.json", result(exp_name="fork"))
-    jedi = {"Breakout": [30.0, 40.0], "Pong": [-21.0]}
-    assert ev.read_methods([str(a), str(b.parent), str(c), str(d)])[0] == {"jedi": jedi, "fork": {"Breakout": [30.0]}}
-    assert ev.read_methods([f"OURS={path}" for path in (a, b, c)])[0] == {"OURS": jedi}
-
-
-def test_folders_are_walked_and_unfinished_runs_are_said(write, tmp_path, capsys):
+def test_runs_of_an_experiment_are_a_method_and_unfinished_ones_are_said(write, tmp_path, capsys):
     write("runs/a/result.json", result())
-    write("runs/b/args.json", {})
-    assert ev.read_methods([str(tmp_path / "runs")])[0] == {"jedi": {"Breakout": [30.0]}}
-    assert capsys.readouterr().err == f"note: no result.json in {tmp_path}/runs/b, left out\n"
-
-
-def test_an_empty_list_is_a_game_that_was_not_run(write, capsys):
-    assert run(write("ours.json", {"Pong": [], "Qbert": [1000]})) == 0
-    out = capsys.readouterr().out
-    assert "Pong" not in out and "aggregates are over 1 of 26 games" in out
+    other_games = result()["protocol"] | {"eval_seed": 6}
+    write("runs/b/result.json", result(seed=2, returns=[40.0] * 3, protocol=other_games))
+    write("runs/c/result.json", result(exp_name="fork"))
+    write("runs/d/args.json", {})
+    scores, protocols = ev.read_methods([str(tmp_path / "runs"), f"OURS={tmp_path}/runs/c"])
+    fork = {"Breakout": [30.0]}
+    assert scores == {"jedi": {"Breakout": [30.0, 40.0]}, "fork": fork, "OURS": fork}
+    assert len(protocols["jedi"]) == 1  # where the seed of the games alone differs
+    assert capsys.readouterr().err == f"note: no result.json in {tmp_path}/runs/d, left out\n"
 
 
 TABLES = {
@@ -480,19 +426,16 @@ def test_other_refusals(write, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------- output
-def test_methods_without_a_game_in_common_are_shown_without_aggregates(write, capsys):
-    assert run(write("one.json", {"Pong": [1]}), write("two.json", {"Qbert": [1]})) == 0
-    rows = cells(capsys.readouterr().out)
-    assert "Pong" in rows and "Qbert" in rows and "iqm" not in rows
-
-
 def test_aggregates_are_over_the_games_in_common(write, capsys, few_resamples):
-    file = write("ours.json", {"Pong": [20.0, 21.0], "Qbert": [1000.0, 2000.0], "mine:Toy-v0": [1.0]})
+    """An empty list is a game that was not run; environments of one's own are in no aggregate."""
+    file = write("ours.json", {"Pong": [20.0], "Qbert": [1000.0], "Krull": [], "mine:Toy-v0": [1.0]})
     assert run(file, SEEDS_FILE, "--json") == 0
     told = json.loads(capsys.readouterr().out)
     assert "INCOMPLETE: aggregates are over 2 of 26 games" in told["remarks"]
     expected = [ev.normalise(game, np.mean(SEEDS[game])) for game in ("Pong", "Qbert")]
     assert told["aggregates"]["diamond_seeds"]["mean"][0] == pytest.approx(np.mean(expected))
+    assert run(file, write("other.json", {"Alien": [1]})) == 0
+    assert "mean" not in cells(capsys.readouterr().out)  # there is no game in common
 
 
 def test_baselines_quote_or_omit_what_needs_seeds(write, capsys):
@@ -506,13 +449,6 @@ def test_baselines_quote_or_omit_what_needs_seeds(write, capsys):
     assert "0.688" not in capsys.readouterr().out
 
 
-def test_own_scores_win_over_published_ones_of_that_name(capsys, few_resamples):
-    assert run("--baselines", f"DIAMOND={SEEDS_FILE}", "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["scores"]["DIAMOND"] == SEEDS
-    assert told["aggregates"]["DIAMOND"]["iqm"][1] is not None
-
-
 def test_json_holds_what_the_terminal_shows(capsys, few_resamples):
     run(SEEDS_FILE, "--json")
     told = json.loads(capsys.readouterr().out)
@@ -524,17 +460,9 @@ def test_json_holds_what_the_terminal_shows(capsys, few_resamples):
         assert " ".join(cells(out)[name]) == ev.interval(*found)
 
 
-def test_runs_of_one_protocol_are_one_remark(write, capsys):
-    write("runs/a/result.json", result())
-    write("runs/b/result.json", result(seed=2, protocol=result()["protocol"] | {"eval_seed": 6}))
-    folder = write("runs/c/result.json", result(seed=3, returns=[1.0])).parents[1]
-    assert run(folder) == 0
-    out = capsys.readouterr().out
-    assert out.count("'episodes': 3") == 1 and out.count("'episodes': 1,") == 1 and "'global_step': 100000" in out
-
-
 def in_a_process(command, **environment):
-    return subprocess.run(command, shell=True, capture_output=True, cwd=SCRIPT.parent, env=os.environ | environment)
+    environment = os.environ | environment
+    return subprocess.run(command, shell=True, capture_output=True, cwd=SCRIPT.parent, env=environment)
 
 
 def test_scores_need_numpy_only():
@@ -549,7 +477,7 @@ def test_scores_need_numpy_only():
 def test_any_terminal_can_show_it(encoding, write):
     file = write("日本.json", {"Pong": [1]})
     done = in_a_process(f"{sys.executable} evaluate.py --baselines {file}", PYTHONIOENCODING=encoding)
-    assert done.returncode == 0 and b"0.688" not in done.stdout and done.stderr == b"" and b"??" in done.stdout
+    assert done.returncode == 0 and done.stderr == b"" and b"sym_hns" in done.stdout and b"??" in done.stdout
 
 
 def test_a_reader_may_leave_early():
@@ -589,14 +517,15 @@ def test_refusals_of_curves(tmp_path, capsys, monkeypatch):
     write_run(tmp_path / "runs" / "Catch__jedi__1", [1.0])
     assert "--plot PNG" in failure(capsys, "--curves", tmp_path / "runs")
     assert "nothing to draw" in failure(capsys, "--curves", "--plot", tmp_path / "a.png")
-    assert "no/a.png: not written" in failure(capsys, "--curves", tmp_path / "runs", "--plot", tmp_path / "no" / "a.png")
+    nowhere = tmp_path / "no" / "a.png"
+    assert "no/a.png: not written" in failure(capsys, "--curves", tmp_path, "--plot", nowhere)
     for module in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, module, None)
     assert "pip install matplotlib" in failure(capsys, "--curves", tmp_path, "--plot", tmp_path / "a.png")
 
 
 # ---------------------------------------------------------------- an agent, its game and what it imagines
-FORK = '''"""A stand-in for a script that trains: its frames are all of one grey, and its latent is that grey."""
+FORK = '''"""A stand-in for a script that trains: a frame is of one grey, and its latent is that grey."""
 from typing import NamedTuple
 import dataclasses
 import gymnasium as gym
@@ -674,7 +603,8 @@ def evaluate_policy(agent, env_id, num_episodes, seed):
     assert Grey.open == 0
     returns = [float(seed + i) for i in range(num_episodes)]
     found = dataclasses.asdict(agent.args) | {"preset": "small", "atari": False, "returns": returns}
-    return found | {"mean_return": float(np.mean(returns)), "protocol": {"policy": "sampled", "eval_seed": seed}}
+    found["protocol"] = {"policy": "sampled", "eval_seed": seed}
+    return found | {"mean_return": float(np.mean(returns))}
 '''
 
 
@@ -693,7 +623,7 @@ def content(path):
     return {file.relative_to(path): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
-def greys(path, size, columns=1, rows=1):
+def greys_of(path, size, columns=1, rows=1):
     """The grey in the middle of every frame of a picture or film, row by row."""
     film = pytest.importorskip("PIL.Image").open(path)
     found = []
@@ -714,7 +644,8 @@ def test_looking_leaves_the_run_as_it_was(fork, tmp_path, capsys):
     assert run("--dream", fork, tmp_path / "dream.gif", "--steps", 7) == 0
     assert run(fork.parent) == 0
     assert content(fork) == before
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["dream.gif", "runs", "score.json", "strip.png"]
+    written = sorted(file.name for file in tmp_path.iterdir())
+    assert written == ["dream.gif", "runs", "score.json", "strip.png"]
 
 
 def test_a_score_is_one_like_that_of_training(fork, tmp_path, capsys):
@@ -726,67 +657,51 @@ def test_a_score_is_one_like_that_of_training(fork, tmp_path, capsys):
     assert cells(printed)["mine:Grey-v0"] == ["6.5"] and "'global_step': 77" in printed
 
 
-def test_a_latent_is_shown_as_the_frame_that_it_came_from(fork):
+def test_strips_show_reality_and_imagination_under_its_actions(fork, tmp_path):
+    """In the picture as in the tensors. A frame that nobody recorded is shown as the nearest one."""
     agent = ev.Run(fork, None, seed=0)
-    replay = agent.play(12)
-    frames = replay.data["obs"][:7]
-    assert frames[:, 0, 0, 0].tolist() == [10, 12, 14, 16, 18, 20, 22]
-    assert agent.retrieve(replay, agent.agent.encoder(frames)).equal(frames)
-    assert (agent.retrieve(replay, agent.agent.encoder(frames[:1]) + 4.9) == 14).all()
-
-
-def test_strips_begin_after_the_context_and_follow_the_real_actions(fork):
-    agent = ev.Run(fork, None, seed=0)
-    films = agent.imagine(agent.play(600))
-    assert len(films) == 8
+    replay = agent.play(1000)
+    assert replay.data["obs"][:7, 0, 0, 0].tolist() == [10, 12, 14, 16, 18, 20, 22]
+    films = agent.imagine(replay)
+    columns = max(len(film[0]) for film in films)
+    pixels = []
     for real, imagined in zip(films[::2], films[1::2]):
         first = int(real[0][0, 0, 0, 0])  # the frame after the action at the context's last one
         steps = min(3, (22 - first) // 2 + 1)  # to the horizon, or to the end of the game at 22
-        assert real[0][:, 0, 0, 0].tolist() == [first, first + 2, first + 4][:steps]
-        assert imagined[0][:, 0, 0, 0].tolist() == [first, first + 2, first + 2][:steps]  # it stood still
+        moving = [first, first + 2, first + 4][:steps]
+        still = [first, first + 2, first + 2][:steps]  # imagination stands still at its 3rd step
+        assert real[0][:, 0, 0, 0].tolist() == moving and imagined[0][:, 0, 0, 0].tolist() == still
         assert real[1].tolist() == imagined[1].tolist() == [1] * steps
-        assert real[3].tolist() == real[2].tolist() == [int(first + 2 * t == 22) for t in range(steps)]
-
-
-def test_strips_show_what_the_frames_show(fork, tmp_path):
-    agent = ev.Run(fork, None, seed=0)
-    films = agent.imagine(agent.play(1000))
+        assert real[2].tolist() == real[3].tolist() == [int(grey == 22) for grey in moving]
+        for greys in (moving, still):
+            pixels += greys + [255] * (columns - steps)
     assert run("--imagine", fork, tmp_path / "strip.png") == 0
-    columns = max(len(film[0]) for film in films)
-    expected = []
-    for film in films:
-        shown = film[0][:, 0, 0, 0].tolist()
-        expected += shown + [255] * (columns - len(shown))
-    assert greys(tmp_path / "strip.png", 128, columns, rows=8) == expected
+    assert greys_of(tmp_path / "strip.png", 128, columns, rows=8) == pixels
 
 
 def test_a_dream_is_as_long_as_asked_and_begins_anew_after_its_end(fork, tmp_path):
     agent = ev.Run(fork, None, seed=0)
     frames, act, rew, end = agent.dream(agent.play(1000), 6)
     shown = frames[:, 0, 0, 0].tolist()
-    assert len(shown) == 6 and shown[1] == shown[2] or shown[1] == 22  # it stands still at its 3rd step
-    assert act[:6].tolist() == [1] * 6 and rew[:6].tolist() == [0, 0, 0, 2, 0, 0] and end[:6].tolist() == [0, 0, 0, 1, 0, 0]
+    second = min(shown[0] + 2, 22)  # nothing brighter was recorded
+    assert shown[1:4] == [second, second, min(second + 2, 22)] and len(shown) == 6
+    assert rew[:6].tolist() == [0, 0, 0, 2, 0, 0] and end[:6].tolist() == [0, 0, 0, 1, 0, 0]
     assert run("--dream", fork, tmp_path / "dream.gif", "--steps", 6) == 0
-    film = greys(tmp_path / "dream.gif", 320)
-    assert film == [grey for i, grey in enumerate(shown) if grey in film and (i == 0 or film)][: len(film)]
+    film = zip(shown, rew[:6].tolist(), end[:6].tolist())
+    pages = [page for page, _ in itertools.groupby(film)]  # equal ones in a row are one page, shown longer
+    assert greys_of(tmp_path / "dream.gif", 320) == [grey for grey, _, _ in pages]
 
 
-def test_a_long_film_is_drawn_page_by_page(fork, tmp_path, monkeypatch):
-    """A page is made when it is needed, so that one large picture is held at a time, not all of them."""
-    alive = []
+def test_pages_of_a_film_are_drawn_when_they_are_written(fork, tmp_path, monkeypatch):
+    """So that one of them is in memory, not all."""
+    pages = []
     most = []
-
-    class Page(list):
-        pass
-
     draw = ev.draw
 
     def counted(*arguments):
-        import weakref
-
         page = draw(*arguments)
-        alive.append(weakref.ref(page))
-        most.append(sum(ref() is not None for ref in alive))
+        pages.append(weakref.ref(page))
+        most.append(sum(ref() is not None for ref in pages))
         return page
 
     monkeypatch.setattr(ev, "draw", counted)
@@ -838,15 +753,6 @@ def test_what_an_environment_raises_keeps_its_traceback(fork, tmp_path):
         run("--dream", fork, tmp_path / "a.gif")
 
 
-def test_ctrl_c_ends_without_a_traceback(fork, monkeypatch, capsys):
-    def stop(*arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(ev, "Run", stop)
-    assert run("--checkpoint", fork) == 130
-    assert capsys.readouterr().err == ""
-
-
 # ---------------------------------------------------------------- names of actions
 class Five(gym.Env):
     action_space = gym.spaces.Discrete(5)
@@ -886,7 +792,7 @@ class Named(Chosen):
 
 NAMED = {
     "the game's": (Five(), ["WAIT", "A", "B", "C", "D"]),
-    "under wrappers that keep them": (gym.wrappers.TimeLimit(gym.Wrapper(Five()), 9), ["WAIT", "A", "B", "C", "D"]),
+    "kept by a wrapper": (gym.wrappers.TimeLimit(Five(), 9), ["WAIT", "A", "B", "C", "D"]),
     "the outermost": (gym.wrappers.TimeLimit(Named(Five(), 2), 9), ["D", "C"]),
     "the outermost, too few": (Named(Five(), 3), None),
     "too few": (Short(), None),
@@ -932,15 +838,3 @@ def test_a_real_run_can_be_looked_at_and_stays_as_it_is(trained, tmp_path, capsy
     assert content(path) == before
 
 
-def test_curves_of_a_real_run(trained, tmp_path):
-    pytest.importorskip("matplotlib")
-    assert run("--curves", trained[1].parent, "--plot", tmp_path / "curves.png") == 0
-    assert (tmp_path / "curves.png").stat().st_size > 10_000
-
-
-def test_a_real_checkpoint_that_was_cut_off(trained, tmp_path, capsys):
-    import shutil
-
-    copy = shutil.copytree(trained[1], tmp_path / "copy")
-    (copy / "ckpt.pt").write_bytes((copy / "ckpt.pt").read_bytes()[:1000])
-    assert "no whole checkpoint" in failure(capsys, "--checkpoint", copy)
