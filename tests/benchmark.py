@@ -30,7 +30,7 @@ def random_replay(args, num_actions, device):
 
 
 def phases(args, device):
-    """Returns the three phases of a run as functions of one step or one update, as they stand in jedi.main."""
+    """Returns the three phases of jedi.main, as functions of one step or one update."""
     env = jedi.make_env(args.env_id, args.seed, args.image_size)
     num_actions = int(env.action_space.n)
     agent = jedi.Agent(args, num_actions).to(device)
@@ -104,9 +104,12 @@ def main():
     torch.backends.cudnn.benchmark = True
     device = torch.zeros(1, device=args.device).device
     on_cuda = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if on_cuda else f"{torch.get_num_threads()} CPU threads"
-    mode = "compiled" if on_cuda and args.compile else "eager"
-    print(f"{name}, {args.preset} preset, batch {args.batch_size}, {mode}, torch {torch.__version__}")
+    name = f"{torch.get_num_threads()} CPU threads"
+    mode = "eager"
+    if on_cuda:
+        name = torch.cuda.get_device_name(device)
+        mode = "compiled" if args.compile else "eager"
+    print(f"{name}, {mode}, torch {torch.__version__}, preset {args.preset}, batch {args.batch_size}")
     seconds = measure(args, device)
     for phase, value in seconds.items():
         print(f"{phase:14}{1000 * value:10.1f} ms")

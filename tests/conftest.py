@@ -1,4 +1,4 @@
-"""`pytest` leaves out the tests marked slow (they train for minutes); `pytest -m slow` runs them."""
+"""`pytest` leaves out the tests marked slow, which train; `pytest -m slow` runs them."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 os.chdir(ROOT)
-sys.path.insert(0, str(ROOT))  # jedi, evaluate and tests are imported from the root of the repository
+sys.path.insert(0, str(ROOT))  # from here jedi, evaluate and tests are imported
 
 
 def pytest_configure(config):

@@ -1,4 +1,4 @@
-"""Writes the weights of a finished run, in half precision and nothing else: small enough to hand out.
+"""Writes the weights of a finished run, in half precision: small enough to hand out.
 
 python tests/export_agent.py runs/tests.toy-Catch-v0__jedi__2 results/catch_agent
 """

@@ -1,4 +1,4 @@
-"""Small environments, each with one habit that environments of other people have. They are called by their class names.
+"""Small environments, each with one habit of other people's; their ids are their class names.
 
     python jedi.py --env-id tests.odd_games:Stairs-v0
 """
@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Stairs(gym.Env):
-    """The grey value of a frame is 10 times the step, plus the last action. The reward is the action minus 1."""
+    """A frame shows 10 times the step plus the last action. The reward is the action minus 1."""
 
     observation_space = gym.spaces.Box(0, 255, (16, 16, 3), np.uint8)
     action_space = gym.spaces.Discrete(3)

@@ -10,9 +10,9 @@ from tests.tiny import ROOT, make_agent, tiny
 from tests.toy import Catch
 
 
-# ---------------------------------------------------------------------------------------------- Frames
+# ------------------------------------------------------------------------------------ Frames
 def test_frames_equal_the_area_resize_of_opencv():
-    """Recorded screens, and what cv2.resize(..., interpolation=cv2.INTER_AREA) made of them (opencv 5.0.0)."""
+    """Recorded screens, and what cv2.resize with cv2.INTER_AREA made of them (opencv 5.0.0)."""
     recorded = np.load(ROOT / "tests" / "area_resize.npz")
     env = jedi.make_env("PongNoFrameskip-v4", 0, 64)
     for i, screen in enumerate(recorded["screens"]):
@@ -31,9 +31,9 @@ def test_a_larger_frame_and_a_grey_one():
         assert (obs == 10 * t + 2).all()
 
 
-# ---------------------------------------------------------------------------------------------- Atari
+# ------------------------------------------------------------------------------------ Atari
 class Numbered(gym.Env):
-    """Raw frames show 1, 2, 3, ... and count down in another channel. The game ends at the `last`."""
+    """Raw frames show 1, 2, 3, ... and count down in another channel, until the `last`."""
 
     observation_space = gym.spaces.Box(0, 255, (2, 2, 3), np.uint8)
     action_space = gym.spaces.Discrete(1)
@@ -127,7 +127,7 @@ def test_a_game_has_all_lives_and_ends_with_the_last_screen():
     assert np.array_equal(obs, env.resize(env.unwrapped.ale.getScreenRGB()))
 
 
-# ---------------------------------------------------------------------------------------------- Evaluation
+# ------------------------------------------------------------------------------------ Evaluation
 def evaluated(env_id, games=3, seed=7):
     env = jedi.make_env(env_id, 0, 16)
     agent = make_agent(tiny(), int(env.action_space.n))
@@ -187,7 +187,7 @@ def test_what_an_own_module_does_is_unknown(monkeypatch, name):
     assert result["protocol"]["sticky_actions"] == sticky
 
 
-# ---------------------------------------------------------------------------------------------- What people bring
+# -------------------------------------------------------------------------------- What people bring
 SHORT = {
     "total_steps": 24,
     "first_collect_steps": 24,
@@ -254,7 +254,7 @@ def test_an_error_inside_an_environment_keeps_its_traceback(tmp_path):
     assert "odd_games.py" in str(error.traceback[-1].path)
 
 
-# ---------------------------------------------------------------------------------------------- The toy game
+# ------------------------------------------------------------------------------------ The toy game
 def play_catch(policy, games):
     env = Catch()
     env.reset(seed=0)
@@ -271,7 +271,7 @@ def play_catch(policy, games):
 
 
 def test_the_toy_game_is_as_described():
-    """A uniformly random policy earns about -0.5; one that moves under the ball, the optimum of 10."""
+    """A random policy earns about -0.5; one that moves under the ball, the optimum of 10."""
     rng = np.random.default_rng(0)
     returns = play_catch(lambda env: int(rng.integers(3)), 1000)
     assert -0.6 < np.mean(returns) < -0.3

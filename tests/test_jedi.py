@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.testing import assert_close
 
 import jedi
 from tests.tiny import CPU, make_agent, make_batch, make_replay, seeded, tiny
@@ -17,9 +22,9 @@ L = 4  # conditioning steps of tiny()
 H = 3  # its horizon
 
 
-# -------------------------------------------------------------------------------------------- Diffusion
+# ---------------------------------------------------------------------------------- Diffusion
 def test_preconditioning():
-    """Input and target of the U-Net have variance one. Without noise the denoiser is the identity."""
+    """Input and target of the U-Net have variance one. Without noise nothing changes."""
     args = tiny()
     sigma = torch.logspace(-4, 2, 50, dtype=torch.float64)
     coefficients = make_agent(args).denoiser.precondition(sigma)
@@ -27,9 +32,9 @@ def test_preconditioning():
     signal = args.sigma_data**2
     noise = sigma**2
     one = torch.ones_like(sigma)
-    torch.testing.assert_close(c_in**2 * (signal + noise), one)
-    torch.testing.assert_close(((1 - c_skip) ** 2 * signal + c_skip**2 * noise) / c_out**2, one)
-    torch.testing.assert_close(c_noise, sigma.log() / 4)
+    assert_close(c_in**2 * (signal + noise), one)
+    assert_close(((1 - c_skip) ** 2 * signal + c_skip**2 * noise) / c_out**2, one)
+    assert_close(c_noise, sigma.log() / 4)
     assert c_skip[0] > 0.999999
     assert c_out[0] < 1.1e-4
 
@@ -42,7 +47,7 @@ def test_karras_sigmas():
 
 
 def sample(denoise, sigmas, noise):
-    """Sends noise [N, D] through Denoiser.sample, whose denoiser is denoise(z, sigma), and no network."""
+    """Sends noise [N, D] through Denoiser.sample, with denoise(z, sigma) in place of a network."""
     denoiser = make_agent(tiny(latent_bound=1e6)).denoiser
 
     def unet(z_in, c_noise, z_hist, act_hist):
@@ -94,7 +99,7 @@ def share_of_the_rare(sigmas, scale):
 
 
 def test_sampler_draws_what_is_rare():
-    """Few steps draw it too seldom, 0.012, but do; unit noise at sigma 5, as in DIAMOND, never does."""
+    """Few steps draw it in 0.012 of the cases. Unit noise at sigma 5, as in DIAMOND, never does."""
     assert share_of_the_rare(jedi.karras_sigmas(3), scale=1.0) > 0.005
     assert share_of_the_rare(jedi.karras_sigmas(3, sigma_max=5.0), scale=1 / 5) == 0
 
@@ -113,13 +118,14 @@ def test_sampler_denoises_once_at_every_level():
 
 def test_a_sampled_latent_keeps_the_bound():
     """The helper's bound is 1e6."""
-    z = sample(lambda z, sigma: torch.full_like(z, 1e9), [4.0, 2.0, 0.0], torch.zeros(1, 1).double())
+    noise = torch.zeros(1, 1).double()
+    z = sample(lambda z, sigma: torch.full_like(z, 1e9), [4.0, 2.0, 0.0], noise)
     assert z.item() == pytest.approx(1e6)
 
 
-# -------------------------------------------------------------------------------------------- Gradients
+# ---------------------------------------------------------------------------------- Gradients
 def seed_of_switch(feed_own):
-    """Finds a seed with which the loss feeds on its own latents, or does not: it tosses this coin first."""
+    """Finds a seed with which the loss feeds on own latents, or not: it tosses this coin first."""
     for seed in range(20):
         if (seeded(torch.rand, (), seed=seed) < 0.5) == feed_own:
             return seed
@@ -127,7 +133,7 @@ def seed_of_switch(feed_own):
 
 @pytest.mark.parametrize("feed_own", [False, True])
 def test_gradient_reaches_the_encoder_through_the_context_only(feed_own):
-    """What the denoiser predicted before is fed back without a gradient; the encoder's latent has one."""
+    """The denoiser's own latents are fed back without a gradient; the encoder's have one."""
     args = tiny()
     denoiser = make_agent(args).denoiser
     T = L + args.num_autoregressive_steps
@@ -173,20 +179,24 @@ def networks_with_gradient(agent):
     return names
 
 
-def imagined(agent, batch_size=8):
-    """A rollout of H steps, from recorded segments."""
-    batch = make_batch(agent.args, batch_size)
-    z = agent.encoder(batch.obs[:, :L])
-    return jedi.imagine(agent, z, batch.act[:, :L], batch.real[:, :L], H)
+def imagined(agent, batch, actions=None, step=jedi.imagine_step):
+    """The rollout of H steps that begins at the anchors."""
+    obs = batch.obs[:, :L]
+    with torch.no_grad():
+        z = agent.encoder(obs)
+    act = batch.act[:, :L]
+    real = batch.real[:, :L]
+    return jedi.imagine(agent, z, act, real, H, actions, step)
 
 
 def test_each_loss_trains_its_own_networks():
     agent = make_agent(tiny())
-    loss, _ = jedi.actor_critic_loss(agent, imagined(agent))
+    batch = make_batch(agent.args)
+    loss, _ = jedi.actor_critic_loss(agent, imagined(agent, batch))
     loss.backward()
     assert networks_with_gradient(agent) == {"actor_critic"}
     agent.zero_grad()
-    loss, _ = jedi.world_model_loss(agent, make_batch(agent.args))
+    loss, _ = jedi.world_model_loss(agent, batch)
     loss.backward()
     assert networks_with_gradient(agent) == {"encoder", "denoiser", "reward_end"}
 
@@ -194,7 +204,7 @@ def test_each_loss_trains_its_own_networks():
 def test_the_policy_never_trains_the_encoder():
     """Even if somebody hands it latents with a gradient."""
     agent = make_agent(tiny())
-    rollout = imagined(agent)
+    rollout = imagined(agent, make_batch(agent.args))
     z = rollout.z.clone().requires_grad_()
     loss, _ = jedi.actor_critic_loss(agent, rollout._replace(z=z))
     loss.backward()
@@ -214,7 +224,7 @@ def test_rewards_and_ends_train_the_encoder(part):
     assert (gradients[0] - gradients[1]).norm() > 1e-3 * gradients[0].norm()
 
 
-# -------------------------------------------------------------------------------------------- Encoder
+# ---------------------------------------------------------------------------------- Encoder
 def test_the_paper_preset_has_the_published_size():
     agent = jedi.Agent(jedi.PRESETS["paper"], num_actions=4)
     size = sum(parameter.numel() for parameter in agent.parameters())
@@ -262,7 +272,7 @@ def gradient_size(loss, encoder):
 
 
 def test_a_latent_that_stands_still_wins_nothing():
-    """A loss that rewards standing still does not reach the encoder. With plain normalisation it does."""
+    """A loss that rewards standing still has no gradient. With plain normalisation it has one."""
     args = tiny(latent_bound=1e6)
     encoder = make_agent(args).encoder
     batch = make_batch(args)
@@ -276,7 +286,7 @@ def test_a_latent_that_stands_still_wins_nothing():
     x = x - x[real].mean(0)
     plain = args.sigma_data * x / x[real].square().mean().sqrt()
     z = encoder(batch.obs, real)
-    torch.testing.assert_close(z, plain, rtol=1e-3, atol=1e-4)  # the values are the same
+    assert_close(z, plain, rtol=1e-3, atol=1e-4)  # the values are the same
     assert gradient_size(motion(plain), encoder) > 1e-2
     assert gradient_size(motion(z), encoder) < 1e-3 * gradient_size(motion(plain), encoder)
     assert gradient_size(z[:, 0].square().mean(), encoder) > 1e-2  # another loss does reach it
@@ -311,9 +321,9 @@ def test_a_picture_that_never_moves_gives_no_nan(episodes):
         assert buffer.isfinite().all()
 
 
-# -------------------------------------------------------------------------------------------- Replay
+# ---------------------------------------------------------------------------------- Replay
 def test_a_segment_is_aligned():
-    """obs[t] --act[t]--> obs[t+1]; rew[t] and end[t] belong to this arrow. Frames show their number."""
+    """obs[t] --act[t], rew[t], end[t]--> obs[t+1]. Frames show their number."""
     args = tiny()
     replay = jedi.ReplayBuffer(args, CPU)
     last = 11
@@ -337,7 +347,7 @@ def test_a_segment_is_aligned():
 
 
 def test_segments_keep_to_their_episode():
-    """Episodes of 5, 9 and 12 steps. Padding repeats a frame of the segment's own episode, without action."""
+    """Episodes have 5, 9 and 12 steps. Padding repeats their first frame, without action."""
     args = tiny()
     starts = torch.tensor([0, 6, 16])  # a last frame has a slot, too
     batch = make_batch(args, batch_size=500, show=lambda slot: slot)
@@ -379,7 +389,7 @@ def test_recent_parts_of_the_recording_are_drawn_more_often():
     anchor = replay.anchors(40_000)
     assert replay.size == 88
     counts = torch.bincount(anchor // 22, minlength=4) / 40_000
-    torch.testing.assert_close(counts, torch.tensor([0.1, 0.1, 0.1, 0.7]), atol=0.01, rtol=0)
+    assert_close(counts, torch.tensor([0.1, 0.1, 0.1, 0.7]), atol=0.01, rtol=0)
     assert replay.data["has_act"][anchor].all()
     assert len(anchor.unique()) == 85
 
@@ -400,7 +410,7 @@ def test_the_replay_comes_back_from_its_state():
     assert len(state["obs"]) == replay.size - 2  # the state is a copy
 
 
-# -------------------------------------------------------------------------------------------- Losses
+# ---------------------------------------------------------------------------------- Losses
 def test_padding_never_enters_the_world_models_loss():
     agent = make_agent(tiny())
     batch = make_batch(agent.args)
@@ -414,7 +424,7 @@ def test_padding_never_enters_the_world_models_loss():
     )
     loss, _ = seeded(jedi.world_model_loss, agent, batch)
     same, _ = seeded(jedi.world_model_loss, agent, changed)
-    torch.testing.assert_close(same, loss)
+    assert_close(same, loss)
     other, _ = seeded(jedi.world_model_loss, agent, batch._replace(rew=-batch.rew))
     assert other != loss  # what is real does enter
 
@@ -431,7 +441,7 @@ def test_lstms_ignore_padding(network):
     else:
         padded = agent.reward_end(z, act, real)[0]
         alone = agent.reward_end(z[:, 2:], act[:, 2:])[0]
-    torch.testing.assert_close(padded[:, 2:], alone)
+    assert_close(padded[:, 2:], alone)
 
 
 def n_step_return(rew, end, value, t, n, gamma):
@@ -445,7 +455,7 @@ def n_step_return(rew, end, value, t, n, gamma):
 
 
 def lambda_return(rew, end, value, t, gamma, lambda_):
-    """The definition: (1 - lambda) sum of lambda^(n-1) G_n; the longest takes the remaining weight."""
+    """By definition: (1 - lambda) lambda^(n-1) of each G_n. The longest takes the other weight."""
     longest = len(rew) - t
     total = lambda_ ** (longest - 1) * n_step_return(rew, end, value, t, longest, gamma)
     for n in range(1, longest):
@@ -490,7 +500,7 @@ def test_no_policy_loss_after_an_imagined_end():
     act = torch.tensor([[0, 0, 2]] * 2)
     rew = torch.tensor([[1.0, 1.0, -1.0]] * 2)
     after, _ = jedi.actor_critic_loss(agent, rollout._replace(z=z, act=act, rew=rew))
-    torch.testing.assert_close(after, loss)
+    assert_close(after, loss)
     act = torch.tensor([[0, 1, 0]] * 2)
     at_the_end, _ = jedi.actor_critic_loss(agent, rollout._replace(act=act))
     assert at_the_end != loss
@@ -504,10 +514,12 @@ def test_the_policy_learns_what_is_rewarded_and_keeps_its_entropy():
         optimizer = torch.optim.Adam(agent.actor_critic.parameters(), lr=1e-2)
         z = torch.randn(32, L + H, 4, 2, 2)
         real = torch.ones(32, L + H, dtype=torch.bool)
+        end = torch.zeros(32, H)
         for _ in range(60):
             act = torch.randint(3, (32, H))
             rew = reward * (act == 1).float()
-            loss, logs = jedi.actor_critic_loss(agent, jedi.Rollout(z, real, act, rew, torch.zeros(32, H)))
+            rollout = jedi.Rollout(z, real, act, rew, end)
+            loss, logs = jedi.actor_critic_loss(agent, rollout)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -518,35 +530,35 @@ def test_the_policy_learns_what_is_rewarded_and_keeps_its_entropy():
             assert logs["losses/entropy"] > math.log(3) - 0.01
 
 
-# -------------------------------------------------------------------------------------------- Imagination
+# ---------------------------------------------------------------------------------- Imagination
 def test_imagination_samples_the_policy():
     agent = make_agent(tiny())
     torch.nn.init.zeros_(agent.actor_critic.actor.weight)
     logits = torch.tensor([2.0, 1.0, 0.0])
     agent.actor_critic.actor.bias.data = logits
-    rollout = imagined(agent, batch_size=1500)
+    rollout = imagined(agent, make_batch(agent.args, batch_size=1500))
     shares = torch.bincount(rollout.act.flatten(), minlength=3) / rollout.act.numel()
-    torch.testing.assert_close(shares, logits.softmax(0), atol=0.02, rtol=0)
+    assert_close(shares, logits.softmax(0), atol=0.02, rtol=0)
 
 
 def test_imagination_follows_given_actions():
     """An action changes the latents from the next one on."""
     agent = make_agent(tiny())
     batch = make_batch(agent.args)
-    context = agent.encoder(batch.obs[:, :L]), batch.act[:, :L], batch.real[:, :L]
     actions = torch.zeros(64, H, dtype=torch.long)
-    rollout = seeded(jedi.imagine, agent, *context, H, actions)
+    rollout = seeded(imagined, agent, batch, actions)
     assert torch.equal(rollout.act, actions)
-    again = seeded(jedi.imagine, agent, *context, H, actions)
+    again = seeded(imagined, agent, batch, actions)
     assert torch.equal(again.z, rollout.z)
     actions = torch.tensor([[0, 1, 1]] * 64)
-    other = seeded(jedi.imagine, agent, *context, H, actions)
-    assert torch.equal(other.z[:, : L + 1], rollout.z[:, : L + 1])
-    assert not torch.equal(other.z[:, L + 1], rollout.z[:, L + 1])
+    other = seeded(imagined, agent, batch, actions)
+    unchanged = L + 1  # the second action leads to the frame after these
+    assert torch.equal(other.z[:, :unchanged], rollout.z[:, :unchanged])
+    assert not torch.equal(other.z[:, unchanged], rollout.z[:, unchanged])
 
 
 def test_imagination_reads_every_step_as_the_losses_do():
-    """Policy and R, step by step, see what they see of the whole rollout at once: z_t and act_t of their own step.
+    """Step by step, policy and R see what they see in the whole rollout at once.
 
     Their logits are so large that to sample is to take the largest.
     """
@@ -560,13 +572,20 @@ def test_imagination_reads_every_step_as_the_losses_do():
     batch = make_batch(agent.args)
     assert (~batch.real[:, :L]).any()
     z = 3 * torch.randn(64, L, 4, 2, 2)
-    rollout = jedi.imagine(agent, z, batch.act[:, :L], batch.real[:, :L], H)
+    real = batch.real[:, :L]
+    rollout = jedi.imagine(agent, z, batch.act[:, :L], real, H)
+    now = slice(L - 1, L + H - 1)  # the steps at which something is imagined
     logits, _, _ = agent.actor_critic(rollout.z, rollout.real)
-    assert torch.equal(rollout.act, logits.argmax(-1)[:, L - 1 : -1])
-    act = torch.cat([batch.act[:, : L - 1], rollout.act], dim=1)
-    rew_logits, end_logits, _ = agent.reward_end(rollout.z[:, :-1], act, rollout.real[:, :-1])
-    assert torch.equal(rollout.rew, rew_logits.argmax(-1)[:, L - 1 :] - 1.0)
-    assert torch.equal(rollout.end, end_logits.argmax(-1)[:, L - 1 :].float())
+    best = logits.argmax(-1)
+    assert torch.equal(rollout.act, best[:, now])
+    before = batch.act[:, : L - 1]
+    unused = rollout.act[:, :1]  # at the last latent, of which nothing is read
+    act = torch.cat([before, rollout.act, unused], dim=1)
+    rew_logits, end_logits, _ = agent.reward_end(rollout.z, act, rollout.real)
+    best = rew_logits.argmax(-1) - 1.0
+    assert torch.equal(rollout.rew, best[:, now])
+    best = end_logits.argmax(-1).float()
+    assert torch.equal(rollout.end, best[:, now])
     for values in (rollout.act, rollout.rew, rollout.end):
         assert len(values.unique()) > 1  # else the comparison would say little
 
@@ -585,13 +604,19 @@ def test_the_agent_that_plays_is_the_policy_that_was_trained():
     assert torch.equal(torch.stack(acts, dim=1), logits.argmax(-1))
     act, _ = agent.act(obs.flatten(0, 1).repeat(30, 1, 1, 1), epsilon=1.0)  # explores at random
     shares = torch.bincount(act, minlength=3) / len(act)
-    torch.testing.assert_close(shares, torch.full((3,), 1 / 3), atol=0.04, rtol=0)
+    assert_close(shares, torch.full((3,), 1 / 3), atol=0.04, rtol=0)
 
 
-# -------------------------------------------------------------------------------------------- Learning
+# ---------------------------------------------------------------------------------- Learning
 def test_overfits_one_batch():
-    """All parts of the loss fall on one batch: every path from the data to the loss is connected."""
-    args = tiny(denoiser_channels=32, learning_rate=3e-3, anneal_lr=False, horizon=1, num_autoregressive_steps=1)
+    """All parts of the loss fall on one batch: every path from data to loss is connected."""
+    args = tiny(
+        denoiser_channels=32,
+        learning_rate=3e-3,
+        anneal_lr=False,
+        horizon=1,
+        num_autoregressive_steps=1,
+    )
     agent = make_agent(args)
     optimizer, _, scheduler, _ = jedi.make_optimizers(agent, args)
     batch = make_batch(args, batch_size=4)
@@ -624,7 +649,7 @@ def random_play(args, seed):
 
 
 def roc_area(score, label):
-    """The probability that a positive has a higher score than a negative: 0.5 by chance, 1 at best."""
+    """The probability that a positive has a higher score than a negative; 0.5 by chance."""
     positive = score[label][:, None]
     negative = score[~label]
     wins = (positive > negative).float() + 0.5 * (positive == negative)
@@ -652,21 +677,22 @@ def test_rewards_and_ends_are_learned_and_found_in_imagination():
     replay = random_play(args, seed=2)
     batch = replay.sample(replay.anchors(500), L - 1, H)
     z = agent.encoder(batch.obs)
-    real_actions = batch.act[:, L - 1 : -1]
-    rollout = jedi.imagine(agent, z[:, :L], batch.act[:, :L], batch.real[:, :L], H, real_actions)
+    rollout = imagined(agent, batch, actions=batch.act[:, L - 1 : -1])
     ahead = batch.has_act.clone()
     ahead[:, :L] = False  # what is read from imagined latents, one to three steps ahead
     for latents, least in ((z, 0.9), (rollout.z, 0.75)):
         rew_logits, end_logits, _ = agent.reward_end(latents, batch.act, batch.has_act)
-        catch = rew_logits.softmax(-1)[..., 2]
-        end = end_logits.softmax(-1)[..., 1]
-        assert roc_area(catch[ahead], batch.rew[ahead] > 0) >= least
-        assert roc_area(end[ahead], batch.end[ahead] == 1) >= least
+        rew = rew_logits.softmax(-1)[ahead]
+        end = end_logits.softmax(-1)[ahead]
+        caught = batch.rew[ahead] > 0
+        missed = batch.end[ahead] == 1
+        assert roc_area(rew[:, 2], caught) >= least
+        assert roc_area(end[:, 1], missed) >= least
 
 
-# -------------------------------------------------------------------------------------------- Measurement
+# ---------------------------------------------------------------------------------- Measurement
 def measured(monkeypatch, dream):
-    """Measures an imagination whose latents are dream(z [B, L+H, ...]), by an R that reads z[0, 0, 0] as a logit."""
+    """Measures the imagined latents dream(z), with an R that reads z[0, 0, 0] as a logit."""
     agent = make_agent(tiny())
     batch = make_batch(agent.args)
     z = agent.encoder(batch.obs)
@@ -689,7 +715,7 @@ def test_measure_of_perfect_imagination(monkeypatch):
     assert metrics["world_model/error_1"] == 0
     assert metrics["world_model/error_H"] == 0
     assert metrics["world_model/rewards_found"] == metrics["world_model/rewards_read"]
-    signs = []  # by hand: the mean of sign(reward) times the expected reward, over steps with a reward
+    signs = []  # by hand: sign(reward) times expected reward, at steps with a reward
     moves = []
     for b in range(64):
         for t in range(L - 1, L + H - 1):
@@ -712,10 +738,10 @@ def test_measure_of_an_imagination_in_which_nothing_changes(monkeypatch):
     assert metrics["world_model/rewards_found"] != metrics["world_model/rewards_read"]
 
 
-# -------------------------------------------------------------------------------------------- Speed
+# ---------------------------------------------------------------------------------- Speed
 @contextlib.contextmanager
 def no_content():
-    """Tensors have shapes, but no content: whatever reads a value, and would wait for the device, raises."""
+    """Tensors have no content: whatever reads a value, and would wait for the device, raises."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
 
@@ -725,8 +751,7 @@ def both_updates(agent, replay):
     batch = replay.sample(replay.anchors(4), L - 1, H)
     loss, _ = jedi.world_model_loss(agent, batch)
     loss.backward()
-    z = agent.encoder(batch.obs[:, :L]).detach()
-    rollout = jedi.imagine(agent, z, batch.act[:, :L], batch.real[:, :L], H)
+    rollout = imagined(agent, batch)
     loss, _ = jedi.actor_critic_loss(agent, rollout)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(agent.parameters(), 1.0)
@@ -764,17 +789,19 @@ def compiled(agent, batch, backend):
     def fast(function):
         return torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
 
-    return two_losses(agent, batch, fast(jedi.world_model_loss), fast(jedi.actor_critic_loss), fast(jedi.imagine_step))
+    wm_loss = fast(jedi.world_model_loss)
+    ac_loss = fast(jedi.actor_critic_loss)
+    step = fast(jedi.imagine_step)
+    return two_losses(agent, batch, wm_loss, ac_loss, step)
 
 
 def two_losses(agent, batch, wm_loss, ac_loss, step):
-    """Returns all that an update of each kind computes, with gradients, from fixed random numbers."""
+    """Returns all that an update of each kind computes from fixed random numbers."""
     agent.zero_grad()
     torch.manual_seed(0)
     loss, _ = wm_loss(agent, batch)
     loss.backward()
-    z = agent.encoder(batch.obs[:, :L]).detach()
-    rollout = jedi.imagine(agent, z, batch.act[:, :L], batch.real[:, :L], H, step=step)
+    rollout = imagined(agent, batch, step=step)
     policy_loss, _ = ac_loss(agent, rollout)
     policy_loss.backward()
     gradients = [parameter.grad.clone() for parameter in agent.parameters()]
@@ -792,20 +819,22 @@ def test_every_function_compiles_to_one_graph():
 
 @pytest.mark.slow
 def test_compiled_equals_eager(monkeypatch):
-    monkeypatch.setattr(torch._inductor.config, "fallback_random", True)  # the random numbers of eager mode
+    # with the random numbers of eager mode
+    monkeypatch.setattr(torch._inductor.config, "fallback_random", True)
     agent = make_agent(tiny())
     batch = make_batch(agent.args)
     start = copy.deepcopy(agent.state_dict())
-    eager = two_losses(agent, batch, jedi.world_model_loss, jedi.actor_critic_loss, jedi.imagine_step)
+    losses = [jedi.world_model_loss, jedi.actor_critic_loss]
+    eager = two_losses(agent, batch, *losses, jedi.imagine_step)
     agent.load_state_dict(start)
     fast = compiled(agent, batch, "inductor")
     for i, expected in enumerate(eager):
-        torch.testing.assert_close(fast[i], expected, rtol=1e-3, atol=1e-4)
+        assert_close(fast[i], expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_cuda_graphs_equal_eager():
-    """Six updates of each kind log the same, in float32 without TF32, from the same random numbers."""
+    """Six updates of each kind log the same, in float32, from the same random numbers."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     args = tiny(anneal_lr=False)
@@ -826,8 +855,7 @@ def test_cuda_graphs_equal_eager():
             torch.compiler.cudagraph_mark_step_begin()
             loss, _ = wm_loss(agent, batch)
             jedi.optimize(loss, optimizer, scheduler)
-            z = agent.encoder(batch.obs[:, :L]).detach()
-            rollout = jedi.imagine(agent, z, batch.act[:, :L], batch.real[:, :L], H, step=step)
+            rollout = imagined(agent, batch, step=step)
             losses += [loss.item(), rollout.z.square().mean().item()]
         histories.append(losses)
     assert histories[1] == pytest.approx(histories[0], rel=1e-2, abs=1e-3)

@@ -55,7 +55,7 @@ def flags(**changes):
 
 
 def make_agent(args, num_actions=3):
-    """Makes an agent without zero-initialised layers, so that every path carries signal and gradient."""
+    """Makes an agent without zero-initialised layers, so that every path carries a gradient."""
     torch.manual_seed(0)
     agent = jedi.Agent(args, num_actions)
     for parameter in agent.parameters():
@@ -120,7 +120,7 @@ def assert_equal(a, b, path=""):
 
 
 def command_line(capsys, words, script=ROOT / "jedi.py"):
-    """Runs the script as `python jedi.py ...` does, in this process -> exit code, standard output, standard error."""
+    """Runs the script as `python jedi.py ...` does, in this process -> exit code, stdout, stderr."""
     capsys.readouterr()
     arguments = sys.argv
     path = list(sys.path)
