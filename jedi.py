@@ -175,8 +175,7 @@ def check_args(args):
 
     def require(condition, name, what):
         if not condition:
-            flag = "--" + name.replace("_", "-")
-            raise UsageError(f"{flag} {getattr(args, name)}: must be {what}")
+            raise UsageError(f"--{name} {getattr(args, name)}: must be {what}")
 
     for name, value in asdict(args).items():
         if isinstance(value, int | float):
@@ -212,8 +211,9 @@ class AtariGame(gym.Wrapper):
             frame, reward, terminated, truncated, info = self.env.step(action)
             frames.append(frame)
             total_reward += reward
-            if terminated or truncated:  # the last observation is the real last screen
-                return frame, total_reward, terminated, truncated, info
+            if terminated or truncated:
+                frames = [frame, frame]  # the last observation is the real last screen
+                break
         obs = np.maximum(frames[-2], frames[-1])
         return obs, total_reward, terminated, truncated, info
 
@@ -227,8 +227,8 @@ def area_weights(in_size, out_size):
     return (right - left).clamp(min=0) * out_size / in_size
 
 
-class ImageEnv(gym.Wrapper):
-    """Resizes frames to uint8 [3, S, S]; grey becomes RGB. Raises UsageError for what is no image."""
+class ImageEnv(gym.ObservationWrapper):
+    """Resizes frames from uint8 [h, w, 3] to uint8 [3, S, S]."""
 
     def __init__(self, env, size):
         super().__init__(env)
@@ -237,22 +237,12 @@ class ImageEnv(gym.Wrapper):
         self.rows = area_weights(self.space.shape[0], size)
         self.cols = area_weights(self.space.shape[1], size)
 
-    def resize(self, obs):
+    def observation(self, obs):
         if not self.space.contains(obs):
             raise UsageError(f"--env-id {self.spec.id}: a frame {np.shape(obs)} is not in {self.space}")
-        image = torch.from_numpy(obs).float().reshape(*self.space.shape[:2], -1).permute(2, 0, 1)
-        small = self.rows @ image @ self.cols.T  # [1 or 3, S, S]
-        return small.round().to(torch.uint8).expand(3, -1, -1).numpy()
-
-    def reset(self, **kwargs):
-        obs, info = self.env.reset(**kwargs)
-        return self.resize(obs), info
-
-    def step(self, action):
-        obs, reward, terminated, truncated, info = self.env.step(action)
-        if np.size(reward) != 1 or reward is None:
-            raise UsageError(f"--env-id {self.spec.id}: the reward {reward!r} is not a number")
-        return self.resize(obs), np.float64(reward).item(), terminated, truncated, info
+        image = torch.from_numpy(obs).permute(2, 0, 1).float()
+        small = self.rows @ image @ self.cols.T  # [3, S, S]
+        return small.round().to(torch.uint8).numpy()
 
 
 def is_atari(spec):
@@ -272,13 +262,19 @@ def make_env(env_id, seed, image_size=64):
         raise UsageError(f"--env-id {env_id}: {error!r}") from error
     space = env.observation_space
     actions = env.action_space
-    is_image = space.dtype == np.uint8 and space.shape[2:] in [(), (1,), (3,)] and len(space.shape) > 1
+    is_image = space.dtype == np.uint8 and space.shape[2:] == (3,)
     if not is_image or not isinstance(actions, gym.spaces.Discrete) or actions.start != 0:
-        needs = "uint8 images [h, w, 1 or 3] and Discrete actions from 0"
+        needs = "uint8 images [h, w, 3] and Discrete actions from 0"
         raise UsageError(f"--env-id {env_id}: has {space} and {actions}; needed are {needs}")
     if is_atari(spec):
         env = AtariGame(env)
-    env = ImageEnv(env, image_size)
+
+    def number(reward):
+        if np.size(reward) != 1 or reward is None:
+            raise UsageError(f"--env-id {env_id}: the reward {reward!r} is not a number")
+        return np.float64(reward).item()
+
+    env = gym.wrappers.TransformReward(ImageEnv(env, image_size), number)
     env.reset(seed=seed)
     return env
 
@@ -684,8 +680,7 @@ def lambda_returns(rew, end, value, gamma, lambda_):
     for t in reversed(range(rew.shape[1])):
         mixed = (1 - lambda_) * value[:, t + 1] + lambda_ * following
         following = rew[:, t] + gamma * (1 - end[:, t]) * mixed
-        returns.append(following)
-    returns.reverse()
+        returns.insert(0, following)
     return torch.stack(returns, 1)
 
 
@@ -799,11 +794,10 @@ def actor_critic_loss(agent, rollout):
     """REINFORCE with lambda-returns and a value baseline. After an imagined end there is no loss."""
     args = agent.args
     L = args.num_conditioning_steps
-    H = rollout.act.shape[1]
     # DEVIATES: the gradient also flows through the burn-in; DIAMOND stops it at the first imagined step
     logits, value, _ = agent.actor_critic(rollout.z, rollout.real)  # [B, L+H, A], [B, L+H]
-    logits = logits[:, L - 1 : L - 1 + H]  # [B, H, A] where actions were taken
-    value = value[:, L - 1 : L + H]  # [B, H+1] one more, for the bootstrap
+    logits = logits[:, L - 1 : -1]  # [B, H, A] where actions were taken
+    value = value[:, L - 1 :]  # [B, H+1] one more, for the bootstrap
     baseline = value[:, :-1]  # [B, H]
     returns = lambda_returns(rollout.rew, rollout.end, value.detach(), args.gamma, args.td_lambda)
     # DEVIATES: after an imagined end nothing counts; DIAMOND begins another rollout there
@@ -868,7 +862,6 @@ def evaluate_policy(agent, env_id, num_episodes, seed):
     device = agent.encoder.center.device
     env = make_env(env_id, seed, agent.args.image_size)
     returns = []
-    lengths = []
     for game in progress(num_episodes, "game", num_episodes, losses={}):
         obs, _ = env.reset(seed=seed + game)
         state = None
@@ -882,12 +875,10 @@ def evaluate_policy(agent, env_id, num_episodes, seed):
             game_return += rew
             length += 1
         returns.append(game_return)
-        lengths.append(length)
     env.close()
     atari = is_atari(env.spec)
     ale = getattr(env.unwrapped, "ale", None)
     protocol = {
-        "policy": "sampled",
         "eval_seed": seed,
         "noop_max": NOOP_MAX if atari else "unknown",
         "frame_skip": FRAME_SKIP if atari else "unknown",
@@ -897,9 +888,7 @@ def evaluate_policy(agent, env_id, num_episodes, seed):
         "atari": atari,
         "mean_return": np.mean(returns).item(),
         "returns": returns,
-        "lengths": lengths,
         "protocol": protocol,
-        "torch": torch.__version__,
     }
 
 
@@ -964,20 +953,18 @@ class RunDir:
         settings = asdict(args)
         for free in ("compile", "runs_dir", "checkpoint_minutes", "track"):  # may change on the way
             del settings[free]
-        self.claim("args.json", json.dumps(settings, indent=1))
-        self.claim(Path(__file__).name, Path(__file__).read_text())
+        script = Path(__file__)
+        files = {"args.json": json.dumps(settings, indent=1), script.name: script.read_text()}
+        for name, text in files.items():  # these two identify the run
+            file = self.path / name
+            if file.exists() and file.read_text() != text:
+                remedy = "change --exp-name or --seed, or delete the directory"
+                raise UsageError(f"{self.path} holds another run, see its {name}; {remedy}")
+            file.write_text(text)
         self.wandb = None
         if args.track:
             wandb = import_module("wandb")
             self.wandb = wandb.init(project="jedi", id=self.path.name, resume="allow", config=settings)
-
-    def claim(self, name, text):
-        """Writes a file that identifies the run, or compares it with the one that is there."""
-        file = self.path / name
-        if file.exists() and file.read_text() != text:
-            remedy = "change --exp-name or --seed, or delete the directory"
-            raise UsageError(f"{self.path} holds another run, see its {name}; {remedy}")
-        file.write_text(text)
 
     def log(self, metrics, global_step):
         """Appends a line of JSON."""
@@ -1033,8 +1020,7 @@ def main(args):
         device = torch.zeros(1, device=args.device).device
         replay = ReplayBuffer(args, device)
     except (RuntimeError, AssertionError) as error:  # no such device, or not enough memory
-        flags = f"--device {args.device} --total-steps {args.total_steps}"
-        raise UsageError(f"{flags}: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"--device, --total-steps: {str(error).splitlines()[0]}") from error
     run = RunDir(args)
     result_file = run.path / "result.json"
     if result_file.exists():
@@ -1047,6 +1033,7 @@ def main(args):
     if not eager:
         print("the first updates compile, which takes 1 to 4 minutes", flush=True)
         torch.cuda.set_device(device)  # streams and graphs live on the current device
+        torch._dynamo.config.allow_rnn = True
     fast = partial(torch.compile, fullgraph=True, dynamic=False, mode="reduce-overhead", disable=eager)
     wm_loss = fast(world_model_loss)
     ac_loss = fast(actor_critic_loss)
@@ -1184,5 +1171,3 @@ if __name__ == "__main__":
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from the last checkpoint")
