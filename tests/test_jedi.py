@@ -133,7 +133,7 @@ def seed_of_switch(feed_own):
 
 @pytest.mark.parametrize("feed_own", [False, True])
 def test_gradient_reaches_the_encoder_through_the_context_only(feed_own):
-    """The denoiser's own latents are fed back without a gradient; the encoder's have one."""
+    """The first target is in the second context, where the denoiser's own latent may replace it."""
     args = tiny()
     denoiser = make_agent(args).denoiser
     T = L + args.num_autoregressive_steps
@@ -146,6 +146,20 @@ def test_gradient_reaches_the_encoder_through_the_context_only(feed_own):
     assert (size[:L] > 0).all()  # the first context
     assert (size[L] > 0) == (not feed_own)  # the first target, which is in the second context
     assert size[L + 1] == 0  # the last target
+
+
+def test_no_gradient_flows_through_a_latent_that_was_fed_back():
+    """Only the second target counts. The first latent is not in its context, but made a latent that is."""
+    args = tiny()
+    denoiser = make_agent(args).denoiser
+    z = seeded(torch.randn, 4, L + 2, 4, 2, 2).requires_grad_()
+    act = torch.zeros(4, L + 2, dtype=torch.long)
+    real = torch.ones(4, L + 2, dtype=torch.bool)
+    real[:, L] = False
+    loss = seeded(denoiser.loss, z, act, real, seed=seed_of_switch(True))
+    loss.backward()
+    assert not z.grad[:, 0].any()
+    assert z.grad[:, 1].any()
 
 
 def test_random_switching_feeds_the_denoisers_own_latents():
@@ -164,11 +178,13 @@ def test_random_switching_feeds_the_denoisers_own_latents():
     act = torch.zeros(4, L + 2, dtype=torch.long)
     real = torch.ones(4, L + 2, dtype=torch.bool)
     for feed_own in (False, True):
+        seen.clear()
         seeded(denoiser.loss, z, act, real, seed=seed_of_switch(feed_own))
-        second = seen[-1]
+        assert torch.equal(seen[0], z[:, :L])
+        second = seen[1]
         assert torch.equal(second[:, :-1], z[:, 1:L])
         assert torch.equal(second[:, -1], z[:, L]) == (not feed_own)
-        assert second.abs().max() < 10
+        assert len(seen) == 2
 
 
 def networks_with_gradient(agent):
