@@ -40,6 +40,7 @@ def phases(args, device):
     ac_loss = jedi.actor_critic_loss
     step = jedi.imagine_step
     if args.compile and device.type == "cuda":
+        torch._dynamo.config.allow_rnn = True
         options = {"fullgraph": True, "dynamic": False, "mode": "reduce-overhead"}
         wm_loss = torch.compile(wm_loss, **options)
         ac_loss = torch.compile(ac_loss, **options)

@@ -34,18 +34,6 @@ class Stairs(gym.Env):
         return self.picture(), self.reward(), self.t >= self.length, False, dict(self.info)
 
 
-class TwoLives(Stairs):
-    """A life is lost at the fourth step of eight."""
-
-    def reset(self, seed=None, options=None):
-        obs, _ = super().reset(seed)
-        return obs, {"lives": 2}
-
-    def step(self, action):
-        obs, reward, terminated, truncated, _ = super().step(action)
-        return obs, reward, terminated, truncated, {"lives": 2 - self.t // 4}
-
-
 class LivesAtFirst(Stairs):
     """Lives are told by reset() only."""
 
@@ -89,6 +77,18 @@ class RewardOfSeven(Stairs):
         return 7.0
 
 
+class TwoLives(RewardOfSeven):
+    """A life is lost at the fourth step of eight."""
+
+    def reset(self, seed=None, options=None):
+        obs, _ = super().reset(seed)
+        return obs, {"lives": 2}
+
+    def step(self, action):
+        obs, reward, terminated, truncated, _ = super().step(action)
+        return obs, reward, terminated, truncated, {"lives": 2 - self.t // 4}
+
+
 class RewardOfTwo(Stairs):
     """A vector, as of two players."""
 
@@ -103,10 +103,6 @@ class RewardMissing(Stairs):
 
 class Grey(Stairs):
     observation_space = gym.spaces.Box(0, 255, (20, 12), np.uint8)
-
-
-class GreyWithChannel(Stairs):
-    observation_space = gym.spaces.Box(0, 255, (20, 12, 1), np.uint8)
 
 
 class UpsideDown(Stairs):
@@ -151,7 +147,7 @@ class AtOnce(Stairs):
     length = 1
 
 
-class Endless(Stairs):
+class Endless(RewardOfSeven):
     length = float("inf")
 
     def picture(self):
@@ -175,18 +171,6 @@ class BreaksDown(Stairs):
         return super().step(action)
 
 
-class CtrlC(Stairs):
-    """Somebody presses Ctrl-C at the 50th step of all games."""
-
-    steps = 0
-
-    def step(self, action):
-        self.steps += 1
-        if self.steps == 50:
-            raise KeyboardInterrupt
-        return super().step(action)
-
-
 class Numbers(Stairs):
     """Observations are numbers."""
 
@@ -205,7 +189,7 @@ class FromOne(Stairs):
     action_space = gym.spaces.Discrete(3, start=1)
 
 
-for game in [Stairs, *Stairs.__subclasses__()]:
+for game in [Stairs, *Stairs.__subclasses__(), *RewardOfSeven.__subclasses__()]:
     gym.register(game.__name__ + "-v0", entry_point=game)
 gym.register("OwnStatistics-v0", entry_point=lambda: gym.wrappers.RecordEpisodeStatistics(Stairs()))
 gym.register("Mine/Breakout-v5", entry_point=Stairs)  # the name of an Atari game
