@@ -827,8 +827,9 @@ def two_losses(agent, batch, wm_loss, ac_loss, step):
 
 def test_every_function_compiles_to_one_graph():
     """The same graph serves all steps of all rollouts: nothing about its inputs changes."""
-    agent = make_agent(tiny())
-    batch = make_batch(agent.args)
+    args = tiny(num_denoising_steps=1, num_autoregressive_steps=1, reward_end_blocks=1)
+    agent = make_agent(args)
+    batch = make_batch(args)
     counter = CompileCounter()
     compiled(agent, batch, counter)
     assert counter.frame_count == 3
