@@ -410,22 +410,6 @@ def test_recent_parts_of_the_recording_are_drawn_more_often():
     assert len(anchor.unique()) == 85
 
 
-def test_the_replay_comes_back_from_its_state():
-    args = tiny()
-    replay = make_replay(args)
-    state = replay.state_dict()
-    again = jedi.ReplayBuffer(args, CPU)
-    again.load_state_dict(state)
-    for copy_ in (replay, again):
-        copy_.start_episode(np.full((3, 16, 16), 7, np.uint8))
-        copy_.add(2, 1.0, False, np.full((3, 16, 16), 8, np.uint8))
-    anchor = torch.arange(replay.size)
-    pairs = dict(enumerate(replay.sample(anchor, 3, 3)))
-    for i, tensor in enumerate(again.sample(anchor, 3, 3)):
-        assert torch.equal(tensor, pairs[i])
-    assert len(state["obs"]) == replay.size - 2  # the state is a copy
-
-
 # ---------------------------------------------------------------------------------- Losses
 def test_padding_never_enters_the_world_models_loss():
     agent = make_agent(tiny())
