@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jedi  # noqa: E402
 
-SECONDS = 10  # of repetitions for each phase
+SECONDS = 5  # of repetitions for each phase
 
 
 def random_replay(args, num_actions, device):
@@ -72,7 +72,7 @@ def phases(args, device):
 
 
 def measure(args, device, repetitions=None):
-    """Returns the median seconds of a step or an update of each phase."""
+    """Prints and returns the median seconds of a step or an update of each phase."""
     medians = {}
     for name, phase in phases(args, device).items():
         for _ in range(5):  # compile, warm up, record CUDA graphs
@@ -85,6 +85,7 @@ def measure(args, device, repetitions=None):
                 torch.cuda.synchronize(device)
             seconds.append(time.perf_counter() - start)
         medians[name] = float(np.median(seconds))
+        print(f"{name:14}{1000 * medians[name]:10.1f} ms", flush=True)
     return medians
 
 
@@ -110,10 +111,9 @@ def main():
     if on_cuda:
         name = torch.cuda.get_device_name(device)
         mode = "compiled" if args.compile else "eager"
-    print(f"{name}, {mode}, torch {torch.__version__}, preset {args.preset}, batch {args.batch_size}")
+    print(f"{name}, {mode}, torch {torch.__version__}")
+    print(f"preset {args.preset}, batch {args.batch_size}", flush=True)
     seconds = measure(args, device)
-    for phase, value in seconds.items():
-        print(f"{phase:14}{1000 * value:10.1f} ms")
     if on_cuda:
         print(f"peak memory   {torch.cuda.max_memory_allocated(device) / 2**30:10.1f} GiB")
     print(f"a whole run   {hours_of_a_run(args, seconds):10.1f} hours")
