@@ -163,7 +163,7 @@ PRESETS = {
 }
 MAY_BE_ZERO = """seed checkpoint_minutes gamma td_lambda ent_coef encoder_lr_scale warmup_updates epsilon
     first_world_model_updates world_model_updates first_actor_critic_updates actor_critic_updates
-    final_epochs compile track anneal_lr""".split()
+    final_epochs""".split()
 
 
 class UsageError(Exception):
@@ -178,12 +178,13 @@ def check_args(args):
             raise UsageError(f"--{name} {getattr(args, name)}: must be {what}")
 
     for name, value in asdict(args).items():
-        if isinstance(value, int | float):
-            require(0 <= value < math.inf, name, "at least 0 and finite")
-            require(value > 0 or name in MAY_BE_ZERO, name, "positive")
+        for number in np.ravel(value):
+            if isinstance(number, np.number):
+                require(0 <= number < math.inf, name, "at least 0 and finite")
+                require(number > 0 or name in MAY_BE_ZERO, name, "positive")
+    require(args.gamma <= 1, "gamma", "at most 1")
     multiple = 2 * args.num_conditioning_steps
     require(args.image_size % 16 == 0, "image_size", "a multiple of 16")
-    require(args.denoiser_channels % 8 == 0, "denoiser_channels", "a multiple of 8")
     require(args.cond_channels % multiple == 0, "cond_channels", f"a multiple of {multiple}")
     require(args.num_autoregressive_steps <= args.horizon, "num_autoregressive_steps", "at most --horizon")
     require(args.total_steps >= args.first_collect_steps, "total_steps", "at least --first-collect-steps")
@@ -240,7 +241,7 @@ class ImageEnv(gym.ObservationWrapper):
     def observation(self, obs):
         if not self.space.contains(obs):
             raise UsageError(f"--env-id {self.spec.id}: a frame {np.shape(obs)} is not in {self.space}")
-        image = torch.from_numpy(obs).permute(2, 0, 1).float()
+        image = torch.from_numpy(np.ascontiguousarray(obs)).permute(2, 0, 1).float()
         small = self.rows @ image @ self.cols.T  # [3, S, S]
         return small.round().to(torch.uint8).numpy()
 
@@ -259,7 +260,7 @@ def make_env(env_id, seed, image_size=64):
         spec = gym.spec(name)
         env = gym.make(spec, frameskip=1) if is_atari(spec) else gym.make(spec)
     except Exception as error:
-        raise UsageError(f"--env-id {env_id}: {error!r}") from error
+        raise UsageError(f"--env-id {env_id}: {error!r}")
     space = env.observation_space
     actions = env.action_space
     is_image = space.dtype == np.uint8 and space.shape[2:] == (3,)
@@ -431,7 +432,7 @@ def masked_mean(x, mask):
 
 def sample_logits(logits):
     """Draws from categories, [..., K] -> [...]. Unlike torch.multinomial it never waits."""
-    return F.gumbel_softmax(logits, dim=-1).argmax(-1)
+    return F.gumbel_softmax(logits).argmax(-1)
 
 
 def bound(z, limit):
@@ -590,12 +591,10 @@ class Denoiser(nn.Module):
         """The next latent [B, C, h, w] from unit noise: Euler steps, no churn (Karras et al., Alg. 2)."""
         z = self.sigmas[0] * noise  # DEVIATES: DIAMOND begins at sigma 5, with unit noise
         for sigma, sigma_next in zip(self.sigmas, self.sigmas[1:]):
-            levels = torch.full((len(z),), sigma, device=z.device)  # [B]
-            c_in, c_out, c_skip, c_noise = self.precondition(levels)
+            c_in, c_out, c_skip, c_noise = self.precondition(z.new_full(z.shape[:1], sigma))
             output = self.unet(c_in * z, c_noise, z_hist, act_hist)
             denoised = bound(c_skip * z + c_out * output, self.args.latent_bound)
-            slope = (z - denoised) / sigma
-            z = z + (sigma_next - sigma) * slope
+            z = z + (sigma_next - sigma) * ((z - denoised) / sigma)
         return z
 
 
@@ -615,8 +614,9 @@ class RewardEndModel(nn.Module):
         hidden = args.lstm_dim
         self.action_embedding = nn.Embedding(num_actions, cond)
         self.conv_in = conv3x3(args.encoder_channels[-1], width)
-        blocks = [ResBlock(width, width, cond) for _ in range(args.reward_end_blocks)]
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList()
+        for _ in range(args.reward_end_blocks):
+            self.blocks.append(ResBlock(width, width, cond))
         self.norm = group_norm(width)
         self.lstm = make_lstm(width * side**2, hidden)
         self.head = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, 5))
@@ -919,7 +919,7 @@ def make_optimizers(agent, args):
     def schedule(optimizer, updates):
         def factor(k):
             rise = min(1.0, (k + 1) / max(1, args.warmup_updates))
-            return rise * (1 - k / updates) if args.anneal_lr else rise
+            return rise * (1 - k / max(1, updates)) if args.anneal_lr else rise
 
         return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
@@ -953,8 +953,7 @@ class RunDir:
         settings = asdict(args)
         for free in ("compile", "runs_dir", "checkpoint_minutes", "track"):  # may change on the way
             del settings[free]
-        script = Path(__file__)
-        files = {"args.json": json.dumps(settings, indent=1), script.name: script.read_text()}
+        files = {"args.json": json.dumps(settings, indent=1), "script.py": Path(__file__).read_text()}
         for name, text in files.items():  # these two identify the run
             file = self.path / name
             if file.exists() and file.read_text() != text:
@@ -963,8 +962,8 @@ class RunDir:
             file.write_text(text)
         self.wandb = None
         if args.track:
-            wandb = import_module("wandb")
-            self.wandb = wandb.init(project="jedi", id=self.path.name, resume="allow", config=settings)
+            init = import_module("wandb").init
+            self.wandb = init(project="jedi", id=self.path.name, resume="allow", config=settings)
 
     def log(self, metrics, global_step):
         """Appends a line of JSON."""
@@ -1019,15 +1018,16 @@ def main(args):
     try:
         device = torch.zeros(1, device=args.device).device
         replay = ReplayBuffer(args, device)
-    except (RuntimeError, AssertionError) as error:  # no such device, or not enough memory
-        raise UsageError(f"--device, --total-steps: {str(error).splitlines()[0]}") from error
-    run = RunDir(args)
+        agent = Agent(args, int(env.action_space.n)).to(device)
+        run = RunDir(args)
+    except (OSError, ImportError, RuntimeError, AssertionError, ValueError) as error:
+        # the folder, wandb, memory, the device, a width
+        raise UsageError(str(error).splitlines()[0])
     result_file = run.path / "result.json"
     if result_file.exists():
         print(f"{run.path} has finished; another --seed or --exp-name is another run")
         return json.loads(result_file.read_text())
 
-    agent = Agent(args, int(env.action_space.n)).to(device)
     wm_optimizer, ac_optimizer, wm_scheduler, ac_scheduler = make_optimizers(agent, args)
     eager = not args.compile or device.type != "cuda"
     if not eager:
@@ -1059,6 +1059,7 @@ def main(args):
         epoch = state["epoch"]
         global_step = state["global_step"]
         start_time -= state["seconds"]
+        env.reset(seed=args.seed + global_step)  # a game of its own
         os.truncate(run.metrics, state["metrics_bytes"])  # forgets what came after the checkpoint
         print(f"{run.path}: going on after epoch {epoch}")
 
@@ -1149,8 +1150,7 @@ def main(args):
     # 5. EVALUATE the last weights in full games
     env.close()
     result = evaluate_policy(agent, args.env_id, args.eval_episodes, args.seed + 10_000)
-    result["global_step"] = global_step
-    result["wall_time_s"] = time.time() - start_time
+    result |= {"global_step": global_step, "wall_time_s": time.time() - start_time}
     run.log({"eval/episodic_return": result["mean_return"]}, global_step)
     result_file.write_text(json.dumps(result, indent=1))
     print(f"{run.path}: mean return {result['mean_return']:.2f} of {args.eval_episodes} games")
