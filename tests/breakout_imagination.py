@@ -7,9 +7,10 @@ The recorded player follows the ball in half of its steps and is random in the o
 recording the script imagines 15 steps under the real actions and prints:
 
     latent    squared error of the imagined latent over that of "nothing changes"
-    paddle    distance from the emulator's paddle x, ball x, ball y (RAM 72, 99, 101), in RAM pixels. A small
-              network, fitted on the real latents of the training recording, reads them from a latent.
-              Three numbers: from the imagined latent / no change / from the real latent.
+    paddle    distance from the emulator's paddle x, ball x and ball y (RAM 72, 99, 101), in RAM pixels. A
+              ridge regression reads the paddle from a latent, a small network the ball; both are fitted
+              on real latents of the training recording. Three numbers: from the imagined latent / no
+              change / from the real latent, which tells how well the reader reads.
     push      how far apart 5 x LEFT and 5 x RIGHT move the imagined paddle, over what the emulator does
     AUC       area under the ROC curve of what R expects: of rewards and of ends, on real latents, and on
               latents that are imagined 1, 3 and 6 steps ahead
@@ -114,27 +115,53 @@ def encode(agent, obs):
     return torch.cat(parts).unflatten(0, obs.shape[:-3])
 
 
-def fit_reader(agent, recording, epochs=12):
-    """Fits a network of one hidden layer that reads [paddle x, ball x, ball y] from a latent."""
+def fit_paddle(agent, recording):
+    """Fits a ridge regression that reads the paddle's x from latents [..., C, h, w]."""
     playing = torch.nonzero(recording.ram[:, 2] > 0).squeeze(1)  # the ball is in play
-    x = encode(agent, recording.replay.data["obs"][playing]).flatten(1)
-    y = recording.ram[playing]
-    mean = x.mean(0)
-    std = x.std(0) + 1e-3
-    net = nn.Sequential(nn.Linear(x.shape[1], 128), nn.ReLU(), nn.Linear(128, 3))
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.1)
+    x = encode(agent, recording.replay.data["obs"][playing]).flatten(1).double()
+    y = recording.ram[playing, 0].double()
+    x_mean = x.mean(0)
+    gram = (x - x_mean).T @ (x - x_mean)
+    ridge = 1e-2 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    weights = torch.linalg.solve(gram + ridge, (x - x_mean).T @ (y - y.mean()))
+    return lambda z: ((z.flatten(-3).double() - x_mean) @ weights + y.mean()).float()
+
+
+def fit_ball(agent, recording, epochs=12):
+    """Fits a small convolutional network that reads ball x and ball y from latents [N, C, h, w]."""
+    playing = torch.nonzero(recording.ram[:, 2] > 0).squeeze(1)
+    x = encode(agent, recording.replay.data["obs"][playing])
+    y = recording.ram[playing, 1:] / 100
+    channels, height, width = x.shape[1:]
+    net = nn.Sequential(
+        nn.BatchNorm2d(channels),
+        nn.Conv2d(channels, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(64, 32, 1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * height * width, 128),
+        nn.ReLU(),
+        nn.Linear(128, 2),
+    )
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.1)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, epochs)
     for _ in range(epochs):
         for index in torch.randperm(len(x)).split(256):
-            loss = (net((x[index] - mean) / std) - y[index] / 100).abs().mean()
+            loss = (net(x[index]) - y[index]).abs().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+        scheduler.step()
+    net.eval()
+    return lambda z: 100 * net(z)
 
-    def read(z):
-        with torch.no_grad():
-            return 100 * net((z.flatten(-3) - mean) / std)
 
-    return read
+def fit_reader(agent, recording):
+    """Returns a function that reads [paddle x, ball x, ball y] from latents [N, C, h, w]."""
+    read_paddle = fit_paddle(agent, recording)
+    read_ball = fit_ball(agent, recording)
+    return lambda z: torch.cat([read_paddle(z)[:, None], read_ball(z)], 1)
 
 
 def roc_auc(score, positive):
