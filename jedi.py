@@ -1021,8 +1021,8 @@ def main(args):
         agent = Agent(args, int(env.action_space.n)).to(device)
         run = RunDir(args)
     except (OSError, ImportError, RuntimeError, AssertionError, ValueError) as error:
-        # the folder, wandb, memory, the device, a width
-        raise UsageError(str(error).splitlines()[0])
+        flags = "--device, --total-steps, --runs-dir, --track or a width: "
+        raise UsageError(flags + str(error).splitlines()[0])
     result_file = run.path / "result.json"
     if result_file.exists():
         print(f"{run.path} has finished; another --seed or --exp-name is another run")

@@ -91,8 +91,8 @@ def test_two_runs_of_one_seed_are_bit_equal(finished, tmp_path):
 def test_the_run_directory(finished):
     result, run_dir, _ = finished
     names = set(contents(run_dir))
-    assert names == {"args.json", "jedi.py", "metrics.jsonl", "ckpt.pt", "result.json"}
-    assert (run_dir / "jedi.py").read_bytes() == (ROOT / "jedi.py").read_bytes()
+    assert names == {"args.json", "script.py", "metrics.jsonl", "ckpt.pt", "result.json"}
+    assert (run_dir / "script.py").read_bytes() == (ROOT / "jedi.py").read_bytes()
     assert json.loads((run_dir / "result.json").read_text()) == as_json(result)
     assert result["global_step"] == 60
     assert len(result["returns"]) == 3
@@ -286,7 +286,7 @@ def test_a_directory_takes_its_own_run_only(finished_copy, monkeypatch):
     source = (ROOT / "jedi.py").read_text()
     changed = source.replace("gamma: float = 0.985", "gamma: float = 0.9")
     longer = source + "\nprint('more')\n"
-    for name, text in (("jedi.py", changed), ("jedi.py", longer), ("fork.py", source)):
+    for name, text in (("jedi.py", changed), ("jedi.py", longer), ("fork.py", changed)):
         fork = runs_dir / name
         fork.write_text(text)
         monkeypatch.setattr(jedi, "__file__", str(fork))
@@ -347,7 +347,7 @@ def test_the_optional_logger_names_the_missing_package(tmp_path, monkeypatch, ca
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     code, _, err = command_line(capsys, [*flags(runs_dir=tmp_path), "--track"])
     assert code == 2
-    assert "pip install wandb" in err
+    assert "wandb" in err  # --help says how to install it
     assert err.count("\n") == 1
 
 
@@ -411,8 +411,8 @@ def test_every_group_has_its_own_largest_gradient():
         assert torch.cat(gradients).norm().item() == pytest.approx(largest, rel=1e-2)
 
 
-def test_an_epoch_of_one_step_and_a_width_that_32_does_not_divide(tmp_path):
-    result, run_dir = run(tmp_path, total_steps=41, denoiser_channels=112)
+def test_an_epoch_of_one_step(tmp_path):
+    result, run_dir = run(tmp_path, total_steps=41)
     assert result["global_step"] == 41
     steps = [line["global_step"] for line in metrics(run_dir) if "world_model/error_1" in line]
     assert steps == [41]
@@ -501,7 +501,7 @@ BAD = {
     "--gamma 5": "--gamma 5",
     "--lstm-dim 0": "--lstm-dim 0",
     "--cond-channels 36": "multiple of 8",
-    "--denoiser-channels 20": "multiple of 8",
+    "--denoiser-channels 112": "112",  # what 32 does not divide
     "--learning-rate -1": "--learning-rate -1.0",
     "--ent-coef nan": "--ent-coef nan",
     "--seed -1": "--seed -1",
@@ -558,7 +558,7 @@ def test_own_modules_in_the_current_folder(tmp_path, monkeypatch, capsys):
     code, _, err = command_line(capsys, words, script=tmp_path / "method.py")
     assert code == 0, err
     run_dir = folder / "runs" / "my_games-Mine-v0__method__1"
-    assert (run_dir / "method.py").read_bytes() == (ROOT / "jedi.py").read_bytes()
+    assert (run_dir / "script.py").read_bytes() == (ROOT / "jedi.py").read_bytes()
     assert json.loads((run_dir / "result.json").read_text())["exp_name"] == "method"
 
 
