@@ -491,7 +491,10 @@ class Encoder(nn.Module):
 
 # --------------------------------------------------------------------------------- Latent diffusion
 def karras_sigmas(n, sigma_min=2e-3, sigma_max=20.0, rho=7.0):
-    """Returns n noise levels from sigma_max to sigma_min, then 0 (Karras et al. 2022, Eq. 5) [D]."""
+    """Returns n noise levels from sigma_max to sigma_min, then 0 (Karras et al. 2022, Eq. 5).
+
+    The constants are [D], but for sigma_max, which is 5 there.
+    """
     high = sigma_max ** (1 / rho)
     low = sigma_min ** (1 / rho)
     levels = [(high + i / max(1, n - 1) * (low - high)) ** rho for i in range(n)]
