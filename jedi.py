@@ -1028,7 +1028,7 @@ def main(args):
         raise UsageError(flags + str(error).splitlines()[0])
     result_file = run.path / "result.json"
     if result_file.exists():
-        print(f"{run.path} has finished; another --seed or --exp-name is another run")
+        print(f"{run.path} has finished; for more steps change --exp-name, for more games see evaluate.py")
         return json.loads(result_file.read_text())
 
     wm_optimizer, ac_optimizer, wm_scheduler, ac_scheduler = make_optimizers(agent, args)
