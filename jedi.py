@@ -303,7 +303,7 @@ class ReplayBuffer:
             self.data = {
                 "obs": torch.zeros(capacity, 3, args.image_size, args.image_size, dtype=torch.uint8),
                 "act": torch.zeros(capacity, dtype=torch.long),
-                "rew": torch.zeros(capacity),  # unclipped
+                "rew": torch.zeros(capacity),  # its sign
                 "end": torch.zeros(capacity, dtype=torch.bool),
                 "has_act": torch.zeros(capacity, dtype=torch.bool),
                 "first": torch.zeros(capacity, dtype=torch.long),  # slot of the episode's first frame
@@ -319,7 +319,7 @@ class ReplayBuffer:
         """Records the action at the newest frame, what followed, and the next frame."""
         newest = self.size - 1
         self.data["act"][newest] = act
-        self.data["rew"][newest] = rew
+        self.data["rew"][newest] = np.sign(rew)
         self.data["end"][newest] = end
         self.data["has_act"][newest] = True
         self.data["obs"][self.size] = torch.from_numpy(next_obs)
@@ -346,7 +346,7 @@ class ReplayBuffer:
         return Batch(
             obs=self.data["obs"][slot],
             act=torch.where(has_act, self.data["act"][slot], 0),
-            rew=self.data["rew"][slot].sign(),
+            rew=self.data["rew"][slot],
             end=self.data["end"][slot].long(),
             real=real,
             has_act=has_act,
