@@ -514,6 +514,7 @@ def test_curves_are_those_of_the_log(tmp_path, monkeypatch):
 
 
 def test_refusals_of_curves(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
     write_run(tmp_path / "runs" / "Catch__jedi__1", [1.0])
     assert "--plot PNG" in failure(capsys, "--curves", tmp_path / "runs")
     assert "nothing to draw" in failure(capsys, "--curves", "--plot", tmp_path / "a.png")
@@ -637,6 +638,7 @@ def greys_of(path, size, columns=1, rows=1):
 
 
 def test_looking_leaves_the_run_as_it_was(fork, tmp_path, capsys):
+    pytest.importorskip("PIL")
     before = content(fork)
     assert run("--checkpoint", fork, "--episodes", 2) == 0
     assert run("--checkpoint", fork, "--episodes", 2, "--out", tmp_path / "score.json") == 0
@@ -659,6 +661,7 @@ def test_a_score_is_one_like_that_of_training(fork, tmp_path, capsys):
 
 def test_strips_show_reality_and_imagination_under_its_actions(fork, tmp_path):
     """In the picture as in the tensors. A frame that nobody recorded is shown as the nearest one."""
+    pytest.importorskip("PIL")
     agent = ev.Run(fork, None, seed=0)
     replay = agent.play(1000)
     assert replay.data["obs"][:7, 0, 0, 0].tolist() == [10, 12, 14, 16, 18, 20, 22]
@@ -680,6 +683,7 @@ def test_strips_show_reality_and_imagination_under_its_actions(fork, tmp_path):
 
 
 def test_a_dream_is_as_long_as_asked_and_begins_anew_after_its_end(fork, tmp_path):
+    pytest.importorskip("PIL")
     agent = ev.Run(fork, None, seed=0)
     frames, act, rew, end = agent.dream(agent.play(1000), 6)
     shown = frames[:, 0, 0, 0].tolist()
@@ -694,6 +698,7 @@ def test_a_dream_is_as_long_as_asked_and_begins_anew_after_its_end(fork, tmp_pat
 
 def test_pages_of_a_film_are_drawn_when_they_are_written(fork, tmp_path, monkeypatch):
     """So that one of them is in memory, not all."""
+    pytest.importorskip("PIL")
     pages = []
     most = []
     draw = ev.draw
@@ -710,6 +715,7 @@ def test_pages_of_a_film_are_drawn_when_they_are_written(fork, tmp_path, monkeyp
 
 
 def test_refusals_of_looking(fork, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("PIL")
     before = content(fork)
     assert "at least 1" in failure(capsys, "--checkpoint", fork, "--episodes", 0)
     assert "at least 1" in failure(capsys, "--dream", fork, tmp_path / "a.gif", "--steps", 0)
@@ -748,6 +754,7 @@ def test_broken_runs(file, change, words, fork, capsys):
 
 
 def test_what_an_environment_raises_keeps_its_traceback(fork, tmp_path):
+    pytest.importorskip("PIL")
     (fork / "jedi_mse.py").write_text(FORK.replace("self.grey += act + 1", "open('/nonexistent/level')"))
     with pytest.raises(FileNotFoundError, match="level"):
         run("--dream", fork, tmp_path / "a.gif")
@@ -822,6 +829,7 @@ def trained(tmp_path_factory):
 
 def test_a_real_run_can_be_looked_at_and_stays_as_it_is(trained, tmp_path, capsys):
     """Also: agent, seed and games of the final score give the final score again."""
+    pytest.importorskip("PIL")
     returned, path = trained
     before = content(path)
     final = json.loads((path / "result.json").read_text())
