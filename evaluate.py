@@ -473,9 +473,9 @@ class Run:
                 obs, _ = self.env.reset()
                 replay.start_episode(obs)
                 state = None
-            act, state = self.agent.act(torch.from_numpy(obs)[None].to(self.device), state)
-            obs, rew, terminated, truncated, _ = self.env.step(int(act))
-            replay.add(int(act), rew, terminated, obs)
+            act, state = self.agent.act(obs, state)
+            obs, rew, terminated, truncated, _ = self.env.step(act)
+            replay.add(act, rew, terminated, obs)
             over = terminated or truncated
         return replay
 

@@ -80,7 +80,7 @@ class Args:
     """JEDI on one game. The same command goes on with a run that was stopped."""
 
     env_id: str = "BreakoutNoFrameskip-v4"  # an Atari game, or module:Name-v0 for your own
-    preset: Literal["paper", "small"] = "paper"  # what is known of the papers' run, or a CPU's
+    preset: Literal["paper", "small"] = "paper" if torch.cuda.is_available() else "small"  # see PRESETS
     seed: int = 1  # of every random number; on a CPU it determines the run bit for bit
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda, cuda:1, mps
     compile: bool = True  # torch.compile with CUDA graphs, on CUDA only
@@ -133,8 +133,8 @@ class Args:
 
 
 PRESETS = {
-    "paper": Args(),
-    "small": Args(
+    "paper": Args(preset="paper"),  # what is known of the papers' run
+    "small": Args(  # what a CPU can do in minutes
         preset="small",
         image_size=32,
         encoder_channels=(8, 16, 32, 16),
@@ -228,24 +228,6 @@ def area_weights(in_size, out_size):
     return (right - left).clamp(min=0) * out_size / in_size
 
 
-class ImageEnv(gym.ObservationWrapper):
-    """Resizes frames from uint8 [h, w, 3] to uint8 [3, S, S]."""
-
-    def __init__(self, env, size):
-        super().__init__(env)
-        self.space = env.observation_space
-        self.observation_space = gym.spaces.Box(0, 255, (3, size, size), np.uint8)
-        self.rows = area_weights(self.space.shape[0], size)
-        self.cols = area_weights(self.space.shape[1], size)
-
-    def observation(self, obs):
-        if not self.space.contains(obs):
-            raise UsageError(f"--env-id {self.spec.id}: a frame {np.shape(obs)} is not in {self.space}")
-        image = torch.from_numpy(np.ascontiguousarray(obs)).permute(2, 0, 1).float()
-        small = self.rows @ image @ self.cols.T  # [3, S, S]
-        return small.round().to(torch.uint8).numpy()
-
-
 def is_atari(spec):
     """Tells whether ale_py itself makes the environment. What another module does inside is unknown."""
     return str(spec.entry_point).startswith("ale_py")
@@ -269,13 +251,24 @@ def make_env(env_id, seed, image_size=64):
         raise UsageError(f"--env-id {env_id}: has {space} and {actions}; needed are {needs}")
     if is_atari(spec):
         env = AtariGame(env)
+    rows = area_weights(space.shape[0], image_size)
+    cols = area_weights(space.shape[1], image_size)
+
+    def resize(obs):
+        if not space.contains(obs):
+            raise UsageError(f"--env-id {env_id}: a frame {np.shape(obs)} is not in {space}")
+        image = torch.from_numpy(np.ascontiguousarray(obs)).permute(2, 0, 1).float()
+        small = rows @ image @ cols.T  # [3, S, S]
+        return small.round().to(torch.uint8).numpy()
 
     def number(reward):
         if np.size(reward) != 1 or reward is None:
             raise UsageError(f"--env-id {env_id}: the reward {reward!r} is not a number")
         return np.float64(reward).item()
 
-    env = gym.wrappers.TransformReward(ImageEnv(env, image_size), number)
+    small_space = gym.spaces.Box(0, 255, (3, image_size, image_size), np.uint8)
+    env = gym.wrappers.TransformObservation(env, resize, small_space)
+    env = gym.wrappers.TransformReward(env, number)
     env.reset(seed=seed)
     return env
 
@@ -420,11 +413,6 @@ class ResBlock(nn.Module):
         return self.skip(x) + h
 
 
-def make_lstm(features, hidden):
-    """An LSTM without biases, so that inputs of 0, at padding, leave its first state, 0, as it is."""
-    return nn.LSTM(features, hidden, bias=False, batch_first=True)  # DEVIATES: DIAMOND's has biases
-
-
 def masked_mean(x, mask):
     """Mean of x where mask holds, 0 if nowhere. Unlike x[mask].mean() it never waits for the device."""
     return torch.where(mask, x, 0).sum() / mask.sum().clamp(min=1)
@@ -490,11 +478,8 @@ class Encoder(nn.Module):
 
 
 # --------------------------------------------------------------------------------- Latent diffusion
-def karras_sigmas(n, sigma_min=2e-3, sigma_max=20.0, rho=7.0):
-    """Returns n noise levels from sigma_max to sigma_min, then 0 (Karras et al. 2022, Eq. 5).
-
-    The constants are [D], but for sigma_max, which is 5 there.
-    """
+def karras_sigmas(n, sigma_min=2e-3, sigma_max=5.0, rho=7.0):
+    """Returns n noise levels from sigma_max to sigma_min, then 0 (Karras et al. 2022, Eq. 5). [D]"""
     high = sigma_max ** (1 / rho)
     low = sigma_min ** (1 / rho)
     levels = [(high + i / max(1, n - 1) * (low - high)) ** rho for i in range(n)]
@@ -590,9 +575,8 @@ class Denoiser(nn.Module):
         return loss
 
     @torch.no_grad()
-    def sample(self, z_hist, act_hist, noise):
-        """The next latent [B, C, h, w] from unit noise: Euler steps, no churn (Karras et al., Alg. 2)."""
-        z = self.sigmas[0] * noise  # DEVIATES: DIAMOND begins at sigma 5, with unit noise
+    def sample(self, z_hist, act_hist, z):
+        """The next latent [B, C, h, w] from unit noise z: Euler steps, no churn (Karras et al., Alg. 2)."""
         for sigma, sigma_next in zip(self.sigmas, self.sigmas[1:]):
             c_in, c_out, c_skip, c_noise = self.precondition(z.new_full(z.shape[:1], sigma))
             output = self.unet(c_in * z, c_noise, z_hist, act_hist)
@@ -621,7 +605,8 @@ class RewardEndModel(nn.Module):
         for _ in range(args.reward_end_blocks):
             self.blocks.append(ResBlock(width, width, cond))
         self.norm = group_norm(width)
-        self.lstm = make_lstm(width * side**2, hidden)
+        # DEVIATES: DIAMOND's LSTMs have biases. Without, inputs of 0, at padding, leave the first state, 0
+        self.lstm = nn.LSTM(width * side**2, hidden, bias=False, batch_first=True)
         self.head = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, 5))
 
     def forward(self, z, act, real=None, state=None):
@@ -655,7 +640,7 @@ class ActorCritic(nn.Module):
             nn.MaxPool2d(2),
             nn.Flatten(),
         )
-        self.lstm = make_lstm(c2 * side**2, args.lstm_dim)
+        self.lstm = nn.LSTM(c2 * side**2, args.lstm_dim, bias=False, batch_first=True)
         self.actor = nn.Linear(args.lstm_dim, num_actions)
         self.critic = nn.Linear(args.lstm_dim, 1)
         for parameter in [*self.actor.parameters(), *self.critic.parameters()]:
@@ -693,7 +678,6 @@ class Agent(nn.Module):
     def __init__(self, args, num_actions):
         super().__init__()
         self.args = args
-        self.num_actions = num_actions
         self.encoder = Encoder(args)
         self.denoiser = Denoiser(args, num_actions)
         self.reward_end = RewardEndModel(args, num_actions)
@@ -702,12 +686,13 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, obs, state=None, epsilon=0.0):
-        """Plays: frames [N, 3, S, S], LSTM state -> sampled actions [N], new LSTM state."""
-        z = self.encoder(obs[:, None])  # [N, 1, C, h, w]
+        """Plays: a frame [3, S, S] from the environment, LSTM state -> sampled action, new LSTM state."""
+        frame = torch.from_numpy(obs).to(self.encoder.center.device)
+        z = self.encoder(frame[None, None])  # [1, 1, C, h, w]
         logits, _, state = self.actor_critic(z, None, state)
-        act = sample_logits(logits[:, 0])  # [N]
-        explore = torch.rand(act.shape, device=act.device) < epsilon
-        return torch.where(explore, torch.randint_like(act, self.num_actions), act), state
+        if torch.rand(()) < epsilon:
+            logits = torch.zeros_like(logits)
+        return sample_logits(logits).item(), state
 
 
 # -------------------------------------------------------------------------------------- Imagination
@@ -821,6 +806,36 @@ def actor_critic_loss(agent, rollout):
     return policy_loss + value_loss - args.ent_coef * entropy, logs
 
 
+def compile_losses(agent, batch):
+    """Compiles world_model_loss, actor_critic_loss and imagine_step, and tries them on a batch.
+
+    It uses CUDA graphs or, where these cannot be captured, none. Raises UsageError if both fail.
+    """
+    print("compiling, 1 to 4 minutes", flush=True)
+    L = agent.args.num_conditioning_steps
+    H = agent.args.horizon
+    torch._dynamo.config.allow_rnn = True
+    for mode in ("reduce-overhead", "default"):  # the first one means CUDA graphs
+        fast = partial(torch.compile, fullgraph=True, dynamic=False, mode=mode)
+        wm_loss = fast(world_model_loss)
+        ac_loss = fast(actor_critic_loss)
+        step = fast(imagine_step)
+        try:
+            for _ in range(3):  # compile, record, replay
+                agent.zero_grad()
+                torch.compiler.cudagraph_mark_step_begin()
+                wm_loss(agent, batch)[0].backward()
+                z = agent.encoder(batch.obs[:, :L]).detach()
+                rollout = imagine(agent, z, batch.act[:, :L], batch.real[:, :L], H, step=step)
+                ac_loss(agent, rollout)[0].backward()
+            return wm_loss, ac_loss, step
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            print(f"torch.compile, mode {mode}: {error!r}")
+    raise UsageError("--compile failed, see above; --no-compile is about ten times slower")
+
+
 # ------------------------------------------------------------------------- Measurement, evaluation
 @torch.no_grad()
 def measure(agent, batch):
@@ -832,7 +847,7 @@ def measure(agent, batch):
     """
     L = agent.args.num_conditioning_steps
     H = agent.args.horizon
-    z = agent.encoder(batch.obs)  # [B, L+H, C, h, w]
+    z = torch.cat([agent.encoder(obs) for obs in batch.obs.split(16)])  # [B, L+H, C, h, w]
     actions = batch.act[:, L - 1 : -1]  # [B, H]
     rollout = imagine(agent, z[:, :L], batch.act[:, :L], batch.real[:, :L], H, actions)
     real = batch.real[:, L:]  # [B, H]
@@ -847,13 +862,12 @@ def measure(agent, batch):
 
     rew = batch.rew[:, L - 1 : -1]  # [B, H]
     rewarded = batch.has_act[:, L - 1 : -1] & (rew != 0)
-    moved = z[:, 1:] - z[:, :-1]
     metrics = {
         "world_model/error_1": relative_error[0],
         "world_model/error_H": relative_error[-1],
         "world_model/rewards_read": (expected_reward(z) * rew)[rewarded].mean(),
         "world_model/rewards_found": (expected_reward(rollout.z) * rew)[rewarded].mean(),
-        "latent/change_rms": moved[batch.real[:, 1:] & batch.real[:, :-1]].square().mean().sqrt(),
+        "latent/change_rms": no_change[:, 0].mean().sqrt(),
     }
     return {name: value.item() for name, value in metrics.items()}
 
@@ -862,21 +876,18 @@ def measure(agent, batch):
 def evaluate_policy(agent, env_id, num_episodes, seed):
     """Plays full games, one after the other, with the sampled policy -> the content of result.json."""
     torch.manual_seed(seed)
-    device = agent.encoder.center.device
     env = make_env(env_id, seed, agent.args.image_size)
     returns = []
-    for game in progress(num_episodes, "game", num_episodes, losses={}):
+    for game in progress(num_episodes, "game", num_episodes):
         obs, _ = env.reset(seed=seed + game)
         state = None
-        game_over = False
         game_return = 0.0
-        length = 0
-        while not game_over and length < MAX_STEPS:
-            act, state = agent.act(torch.from_numpy(obs).to(device)[None], state)
-            obs, rew, terminated, truncated, _ = env.step(act.item())
-            game_over = terminated or truncated
+        for _ in range(MAX_STEPS):
+            act, state = agent.act(obs, state)
+            obs, rew, terminated, truncated, _ = env.step(act)
             game_return += rew
-            length += 1
+            if terminated or truncated:
+                break
         returns.append(game_return)
     env.close()
     atari = is_atari(env.spec)
@@ -982,7 +993,7 @@ class RunDir:
         os.replace(temporary, self.checkpoint)
 
 
-def progress(count, what, updates_left, losses):
+def progress(count, what, updates_left, losses={}):
     """Counts to `count`. Every ten seconds it prints how far it is and when the run will end.
 
     Raises UsageError if one of the losses so far is not finite.
@@ -1016,15 +1027,20 @@ def main(args):
     keep_freed_memory()
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its attention refuses 8 channels a head on some cards
     torch.backends.cudnn.benchmark = True  # shapes are fixed: try all convolution kernels once
     env = make_env(args.env_id, args.seed, args.image_size)
+    L = args.num_conditioning_steps
+    H = args.horizon
     try:
         device = torch.zeros(1, device=args.device).device
         replay = ReplayBuffer(args, device)
+        frames = args.batch_size * (L + H)
+        torch.empty(frames, 8 * args.encoder_channels[0], args.image_size, args.image_size)  # an update takes more
         agent = Agent(args, int(env.action_space.n)).to(device)
         run = RunDir(args)
     except (OSError, ImportError, RuntimeError, AssertionError, ValueError) as error:
-        flags = "--device, --total-steps, --runs-dir, --track or a width: "
+        flags = "--device, --total-steps, --batch-size, --runs-dir, --track or a width: "
         raise UsageError(flags + str(error).splitlines()[0])
     result_file = run.path / "result.json"
     if result_file.exists():
@@ -1032,16 +1048,12 @@ def main(args):
         return json.loads(result_file.read_text())
 
     wm_optimizer, ac_optimizer, wm_scheduler, ac_scheduler = make_optimizers(agent, args)
-    eager = not args.compile or device.type != "cuda"
-    if not eager:
-        print("the first updates compile, which takes 1 to 4 minutes", flush=True)
-        torch.cuda.set_device(device)  # streams and graphs live on the current device
-        torch._dynamo.config.allow_rnn = True
-    fast = partial(torch.compile, fullgraph=True, dynamic=False, mode="reduce-overhead", disable=eager)
-    wm_loss = fast(world_model_loss)
-    ac_loss = fast(actor_critic_loss)
-    step = fast(imagine_step)
-
+    to_compile = args.compile and device.type == "cuda"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # streams, graphs and random numbers are those of the current device
+    wm_loss = world_model_loss
+    ac_loss = actor_critic_loss
+    step = imagine_step
     parts = {
         "agent": agent,
         "replay": replay,
@@ -1055,7 +1067,7 @@ def main(args):
     epoch = 0
     global_step = 0
     if run.checkpoint.exists():
-        state = torch.load(run.checkpoint, map_location="cpu", weights_only=True)
+        state = torch.load(run.checkpoint, map_location="cpu")
         for name, part in parts.items():
             part.load_state_dict(state[name])
         rng.set_rng_state(state["rng"])
@@ -1073,8 +1085,6 @@ def main(args):
     last_save = time.time()
     game_over = True  # a resumed run begins a new game, for the emulator's state is not kept
     end = True  # of the learning episode
-    L = args.num_conditioning_steps
-    H = args.horizon
     while epoch < num_epochs:
         first_epoch = epoch == 0
         metrics = {}
@@ -1083,7 +1093,7 @@ def main(args):
         # 1. COLLECT with the policy. A lost life ends the learning episode; the game goes on
         steps = args.first_collect_steps if first_epoch else args.collect_steps
         steps = min(steps, args.total_steps - global_step)
-        for _ in progress(steps, "step", steps, losses={}):
+        for _ in progress(steps, "step", steps):
             if game_over:
                 obs, info = env.reset()
                 lives = info.get("lives", 0)
@@ -1091,22 +1101,28 @@ def main(args):
             if end:
                 policy_state = None
                 replay.start_episode(obs)
-            frame = torch.from_numpy(obs).to(device)
-            act, policy_state = agent.act(frame[None], policy_state, args.epsilon)
-            obs, rew, terminated, truncated, info = env.step(act.item())
+            act, policy_state = agent.act(obs, policy_state, args.epsilon)
+            obs, rew, terminated, truncated, info = env.step(act)
             game_over = terminated or truncated
             life_lost = info.get("lives", lives) < lives
             lives = info.get("lives", lives)
             end = game_over or life_lost
-            replay.add(act.item(), rew, terminated or life_lost, obs)
+            replay.add(act, rew, terminated or life_lost, obs)
             global_step += 1
             game_return += rew
             if game_over:
                 metrics["charts/return"] = game_return
                 run.log({"charts/episodic_return": game_return}, global_step)
+        if first_epoch and replay.data["rew"][: replay.size].abs().mean() > 0.8:
+            print("note: nearly every step has a reward, and only its sign is learned")
         if steps and not first_epoch:
             newest = replay.size - 1 - torch.randint(steps, (64,), device=device)
             metrics |= measure(agent, replay.sample(newest, L - 1, H))
+
+        if to_compile:
+            batch = replay.sample(replay.anchors(args.batch_size), L - 1, H)
+            wm_loss, ac_loss, step = compile_losses(agent, batch)
+            to_compile = False
 
         # 2. TRAIN THE WORLD MODEL: encoder, denoiser, reward and end model
         updates = args.first_world_model_updates if first_epoch else args.world_model_updates
@@ -1161,9 +1177,8 @@ def main(args):
 
 
 def parse_args(argv=None):
-    """Command line -> Args: the preset's values, changed by the flags. The machine chooses the preset."""
-    by_machine = Args(preset="paper" if torch.cuda.is_available() else "small")
-    first, _ = tyro.cli(Args, args=argv, default=by_machine, return_unknown_args=True, add_help=False)
+    """Command line -> Args: the preset's values, changed by the flags."""
+    first, _ = tyro.cli(Args, args=argv, return_unknown_args=True, add_help=False)
     return tyro.cli(Args, args=argv, default=PRESETS[first.preset])
 
 
@@ -1172,5 +1187,13 @@ if __name__ == "__main__":
     try:
         main(parse_args())
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        message = error
+    except torch.OutOfMemoryError as error:
+        message = f"lower --batch-size: {error}"
+    except BaseException as error:
+        error.add_note("The same command goes on from the last checkpoint.")
+        raise
+    else:
+        sys.exit(0)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -75,8 +75,8 @@ VARIANTS = {
         ("c_noise = sigma.log() / 4", "c_noise = 0 * sigma"),
         ("for sigma, sigma_next in zip(self.sigmas, self.sigmas[1:]):", "for sigma, sigma_next in []:"),
         (
-            "            z = z + (sigma_next - sigma) * slope\n        return z\n",
-            "            z = z + (sigma_next - sigma) * slope\n"
+            "            z = z + (sigma_next - sigma) * ((z - denoised) / sigma)\n        return z\n",
+            "            z = z + (sigma_next - sigma) * ((z - denoised) / sigma)\n"
             "        z = self.unet(0 * z, 0 * z[:, 0, 0, 0], z_hist, act_hist)\n"
             "        return bound(z, self.args.latent_bound)\n",
         ),

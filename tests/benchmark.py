@@ -50,8 +50,8 @@ def phases(args, device):
 
     def collect():
         obs, _ = env.reset()
-        act, _ = agent.act(torch.from_numpy(obs).to(device)[None])
-        env.step(act.item())
+        act, _ = agent.act(obs)
+        env.step(act)
 
     def world_model():
         torch.compiler.cudagraph_mark_step_begin()

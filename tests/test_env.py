@@ -13,8 +13,8 @@ from tests.toy import Catch
 # ------------------------------------------------------------------------------------ Frames
 def resize(screen):
     """A raw screen of Atari [210, 160, 3] -> what the agent sees of it [3, 64, 64]."""
-    env = gym.make("PongNoFrameskip-v4")
-    return jedi.ImageEnv(env, 64).observation(screen)
+    env = jedi.make_env("PongNoFrameskip-v4", 0, 64)
+    return env.get_wrapper_attr("observation")(screen)
 
 
 def test_frames_equal_the_area_resize_of_opencv():

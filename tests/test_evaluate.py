@@ -589,7 +589,7 @@ class Agent(torch.nn.Module):
     def encoder(self, obs):
         return obs[..., :1, :1, :1].float()  # [..., 1, 1, 1]
     def act(self, obs, state=None, epsilon=0.0):
-        return torch.ones(len(obs), dtype=torch.long), state
+        return 1, state
 
 def imagine(agent, z, act, real, horizon, actions=None):
     """Right but for the 3rd step, when it stands still. The dream ends at its 4th step."""

@@ -46,8 +46,8 @@ def test_karras_sigmas():
     assert jedi.karras_sigmas(1, 2e-3, 5.0, 7.0) == pytest.approx([5.0, 0.0])
 
 
-def sample(denoise, sigmas, noise):
-    """Sends noise [N, D] through Denoiser.sample, with denoise(z, sigma) in place of a network."""
+def sample(denoise, sigmas, z):
+    """Sends z [N, D] through Denoiser.sample, with denoise(z, sigma) in place of a network."""
     denoiser = make_agent(tiny(latent_bound=1e6)).denoiser
 
     def unet(z_in, c_noise, z_hist, act_hist):
@@ -59,7 +59,7 @@ def sample(denoise, sigmas, noise):
 
     denoiser.unet = unet
     denoiser.sigmas = sigmas
-    return denoiser.sample(None, None, noise[..., None, None]).flatten(1)
+    return denoiser.sample(None, None, z[..., None, None]).flatten(1)
 
 
 def mixture(modes, weights, std):
@@ -78,30 +78,13 @@ def test_sampler_recovers_a_mixture_of_gaussians():
     std = 0.1
     modes = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
     denoise = mixture(modes, torch.tensor([0.3, 0.7]), std)
-    noise = seeded(torch.randn, 20_000, 1).double()
+    noise = 80 * seeded(torch.randn, 20_000, 1).double()
     z = sample(denoise, jedi.karras_sigmas(200, sigma_max=80.0), noise)
     assert (z > 0).double().mean().item() == pytest.approx(0.7, abs=0.02)
     for mode in (-1.0, 1.0):
         near = z[(z - mode).abs() < 0.6]
         assert near.mean().item() == pytest.approx(mode, abs=0.02)
         assert near.std().item() == pytest.approx(std, abs=0.02)
-
-
-def share_of_the_rare(sigmas, scale):
-    """Samples two latents, far apart in 256 dimensions, of which one has probability 0.1."""
-    often = 0.5 * seeded(torch.randn, 256).double()
-    rare = often + 1.5 * torch.randn(256).double()
-    denoise = mixture(torch.stack([often, rare]), torch.tensor([0.9, 0.1]), 0.05)
-    z = sample(denoise, sigmas, scale * torch.randn(4000, 256).double())
-    to_rare = (z - rare).square().sum(1)
-    to_often = (z - often).square().sum(1)
-    return (to_rare < to_often).double().mean().item()
-
-
-def test_sampler_draws_what_is_rare():
-    """Few steps draw it in 0.012 of the cases. Unit noise at sigma 5, as in DIAMOND, never does."""
-    assert share_of_the_rare(jedi.karras_sigmas(3), scale=1.0) > 0.005
-    assert share_of_the_rare(jedi.karras_sigmas(3, sigma_max=5.0), scale=1 / 5) == 0
 
 
 def test_sampler_denoises_once_at_every_level():
@@ -594,17 +577,23 @@ def test_the_agent_that_plays_is_the_policy_that_was_trained():
     """Frame by frame it takes the actions that the network gives for the whole segment at once."""
     agent = make_agent(tiny())
     agent.actor_critic.actor.weight.data *= 1e6
-    obs = torch.randint(0, 256, (16, 5, 3, 16, 16), dtype=torch.uint8)
+    obs = torch.randint(0, 256, (30, 3, 1, 1), dtype=torch.uint8).repeat(1, 1, 16, 16)
     acts = []
     state = None
-    for t in range(5):
-        act, state = agent.act(obs[:, t], state)
+    for frame in obs.numpy():
+        act, state = agent.act(frame, state)
         acts.append(act)
-    logits, _, _ = agent.actor_critic(agent.encoder(obs))
-    assert torch.equal(torch.stack(acts, dim=1), logits.argmax(-1))
-    act, _ = agent.act(obs.flatten(0, 1).repeat(30, 1, 1, 1), epsilon=1.0)  # explores at random
-    shares = torch.bincount(act, minlength=3) / len(act)
-    assert_close(shares, torch.full((3,), 1 / 3), atol=0.04, rtol=0)
+    logits, _, _ = agent.actor_critic(agent.encoder(obs[None]))
+    assert acts == logits[0].argmax(-1).tolist()
+    assert len(set(acts)) > 1  # else the comparison would say little
+
+
+def test_exploration_is_uniform():
+    agent = make_agent(tiny())
+    agent.actor_critic.actor.weight.data *= 1e6
+    frame = np.zeros((3, 16, 16), np.uint8)
+    acts = [agent.act(frame, epsilon=1.0)[0] for _ in range(600)]
+    assert np.bincount(acts, minlength=3) / 600 == pytest.approx(1 / 3, abs=0.07)
 
 
 # ---------------------------------------------------------------------------------- Learning
@@ -724,9 +713,7 @@ def test_measure_of_perfect_imagination(monkeypatch):
                 logit = 10 * z[b, t, 0, 0, 0].item()
                 total = math.exp(logit) + 1 + math.exp(-logit)
                 signs.append(rew * (math.exp(logit) - math.exp(-logit)) / total)
-        for t in range(1, L + H):
-            if batch.real[b, t] and batch.real[b, t - 1]:
-                moves.append((z[b, t] - z[b, t - 1]).square().mean().item())
+        moves.append((z[b, L] - z[b, L - 1]).square().mean().item())
     assert metrics["world_model/rewards_read"] == pytest.approx(np.mean(signs), rel=1e-4)
     assert metrics["latent/change_rms"] == pytest.approx(np.sqrt(np.mean(moves)), rel=1e-4)
 
@@ -819,6 +806,43 @@ def test_every_function_compiles_to_one_graph():
     assert counter.frame_count == 3
 
 
+def fake_compile(errors):
+    """Stands in for torch.compile: what it compiles in a mode raises the mode's error, if it has one."""
+
+    def compile(function, mode, **_):
+        def compiled(*inputs):
+            if mode in errors:
+                raise errors[mode]
+            return function(*inputs)
+
+        return compiled
+
+    return compile
+
+
+def test_without_cuda_graphs_it_compiles_all_the_same(monkeypatch, capsys):
+    agent = make_agent(tiny())
+    batch = make_batch(agent.args)
+    errors = {"reduce-overhead": RuntimeError("no capture")}
+    monkeypatch.setattr(torch, "compile", fake_compile(errors))
+    wm_loss, _, _ = jedi.compile_losses(agent, batch)
+    assert wm_loss(agent, batch)[0].isfinite()
+    assert "mode reduce-overhead: RuntimeError('no capture')" in capsys.readouterr().out
+
+    errors["default"] = RuntimeError("no compiler")
+    with pytest.raises(jedi.UsageError, match="--no-compile"):
+        jedi.compile_losses(agent, batch)
+    assert "no compiler" in capsys.readouterr().out
+
+
+def test_a_full_memory_is_no_failure_of_compilation(monkeypatch):
+    agent = make_agent(tiny())
+    errors = {"reduce-overhead": torch.OutOfMemoryError("full")}
+    monkeypatch.setattr(torch, "compile", fake_compile(errors))
+    with pytest.raises(torch.OutOfMemoryError):
+        jedi.compile_losses(agent, make_batch(agent.args))
+
+
 @pytest.mark.slow
 def test_compiled_equals_eager(monkeypatch):
     # with the random numbers of eager mode
@@ -835,8 +859,9 @@ def test_compiled_equals_eager(monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_cuda_graphs_equal_eager():
+def test_cuda_graphs_equal_eager(monkeypatch):
     """Six updates of each kind log the same, in float32, from the same random numbers."""
+    monkeypatch.setattr(torch._inductor.config, "fallback_random", True)
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     torch._dynamo.config.allow_rnn = True

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import pytest
 import torch
 
 import jedi
-from tests import benchmark
+from tests import ablations, benchmark
 from tests.tiny import CPU, ROOT, assert_equal, command_line, flags, make_agent, make_batch, tiny
 
 
@@ -463,9 +464,10 @@ def test_flags_win_over_the_preset():
 @pytest.mark.parametrize("cuda, preset", [(False, "small"), (True, "paper")])
 def test_the_preset_follows_the_machine(monkeypatch, cuda, preset):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    assert jedi.parse_args([]).preset == preset
-    assert jedi.parse_args(["--compile"]) == jedi.PRESETS[preset]
-    assert jedi.parse_args(["--no-compile"]).compile is False
+    fresh = types.SimpleNamespace(**runpy.run_path(str(ROOT / "jedi.py")))
+    assert fresh.parse_args([]).preset == preset
+    assert fresh.parse_args(["--compile"]) == fresh.PRESETS[preset]
+    assert fresh.parse_args(["--no-compile"]).compile is False
 
 
 @pytest.mark.parametrize("preset", ["paper", "small"])
@@ -538,6 +540,51 @@ def test_a_budget_that_does_not_fit(tmp_path, capsys):
     assert err.startswith("error: ")
     assert "--total-steps" in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs limits on memory")
+def test_a_batch_that_does_not_fit(tmp_path, capsys):
+    code, _, err = command_line(capsys, flags(runs_dir=tmp_path, batch_size=10**9))
+    assert code == 2
+    assert err.startswith("error: ")
+    assert "--batch-size" in err
+    assert err.count("\n") == 1
+
+
+def test_a_device_without_memory_is_one_line(tmp_path, capsys, monkeypatch):
+    """It says what to lower, and the last checkpoint stays."""
+    clip = torch.nn.utils.clip_grad_norm_
+    calls = []
+
+    def full(*inputs):
+        calls.append(1)
+        if len(calls) == 17:  # in the second epoch; the first one has 4 x 3 + 3 x 1 calls
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return clip(*inputs)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", full)
+    words = flags(runs_dir=tmp_path, checkpoint_minutes=0.0)
+    code, _, err = command_line(capsys, words)
+    assert code == 2
+    assert err == "error: lower --batch-size: CUDA out of memory.\n"
+    (path,) = tmp_path.rglob("ckpt.pt")
+    assert checkpoint(path.parent)["epoch"] == 1
+
+
+def test_any_other_error_says_how_to_go_on(tmp_path, capsys):
+    """It keeps its traceback."""
+    words = flags(runs_dir=tmp_path, env_id="tests.odd_games:BreaksDown-v0")
+    with pytest.raises(ZeroDivisionError) as error:
+        command_line(capsys, words)
+    assert error.value.__notes__ == ["The same command goes on from the last checkpoint."]
+
+
+@pytest.mark.parametrize("name, said", [("RewardOfSeven-v0", True), ("Stairs-v0", False)])
+def test_rewards_at_every_step_are_remarked(tmp_path, capsys, name, said):
+    """Then their sign tells next to nothing."""
+    words = flags(runs_dir=tmp_path, env_id=f"tests.odd_games:{name}")
+    _, out, _ = command_line(capsys, words)
+    assert ("nearly every step has a reward" in out) == said
 
 
 MY_GAME = """
@@ -674,6 +721,25 @@ def test_the_benchmark_times_what_a_run_runs():
     seconds = {"collect": 60.0, "world model": 600.0, "actor-critic": 6000.0}
     hours = benchmark.hours_of_a_run(tiny(), seconds)
     assert hours == pytest.approx((60 * 60 + 8 * 600 + 7 * 6000) / 3600)
+
+
+@pytest.mark.parametrize("name", ablations.VARIANTS)
+def test_an_ablation_is_a_change_of_the_present_file(name):
+    """It changes the loss or what the sampler draws, unless it is another learning rate."""
+    outputs = []
+    for source in (jedi, ablations.load_variant(name)):
+        agent = make_agent(tiny(num_autoregressive_steps=3))
+        changed = source.Agent(agent.args, 3)
+        changed.load_state_dict(agent.state_dict())
+        batch = make_batch(agent.args)
+        torch.manual_seed(3)
+        loss, _ = source.world_model_loss(changed, batch)
+        loss.backward()
+        z = changed.encoder(batch.obs)[:, :4]
+        drawn = changed.denoiser.sample(z, batch.act[:, :4], torch.randn_like(z[:, 0]))
+        outputs.append([loss.item(), changed.encoder.net[0].weight.grad.norm().item(), drawn.std().item()])
+    assert np.isfinite(outputs).all()
+    assert (outputs[0] == outputs[1]) == (name in ("full", "frozen"))
 
 
 def test_an_exported_agent_is_the_agent(finished, tmp_path):
