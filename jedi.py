@@ -609,19 +609,16 @@ class RewardEndModel(nn.Module):
         self.lstm = nn.LSTM(width * side**2, hidden, bias=False, batch_first=True)
         self.head = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, 5))
 
-    def forward(self, z, act, real=None, state=None):
-        """z [B, T, C, h, w], act and real [B, T] -> logits [B, T, 3] and [B, T, 2], LSTM state."""
+    def forward(self, z, act, real):
+        """z [B, T, C, h, w], act and real [B, T] -> logits [B, T, 3] and [B, T, 2]."""
         cond = self.action_embedding(act.flatten())  # [B * T, cond]
         x = self.conv_in(z.flatten(0, 1))  # [B * T, width, h, w]
         for block in self.blocks:
             x = block(x, cond)
         x = F.silu(self.norm(x))  # without this norm the LSTM dies at the learning rate of `small`
-        x = x.reshape(*act.shape, -1)  # [B, T, width * h * w]
-        if real is not None:
-            x = x * real[..., None]
-        x, state = self.lstm(x, state)  # [B, T, lstm_dim]
-        rew_logits, end_logits = self.head(x).split((3, 2), -1)
-        return rew_logits, end_logits, state
+        x = x.reshape(*act.shape, -1) * real[..., None]  # [B, T, width * h * w]
+        x, _ = self.lstm(x)  # [B, T, lstm_dim]
+        return self.head(x).split((3, 2), -1)
 
 
 # ------------------------------------------------------------------------------------- Actor-critic
@@ -707,21 +704,17 @@ class Rollout(NamedTuple):
 
 
 @torch.no_grad()
-def imagine_step(agent, z_hist, act_hist, given, *states):
+def imagine_step(agent, z_hist, act_hist, given, *policy_state):
     """One step from the latents z_hist [B, L, C, h, w] and the actions act_hist [B, L-1] between them.
 
-    `states` are those of the LSTMs of policy and R, two tensors each. Returns z_next [B, C, h, w], act,
-    rew and end [B], and the new states. If `given` [B] is not None, it is the action.
+    `policy_state` are the two tensors of its LSTM. Returns z_next [B, C, h, w], act [B] and the new
+    state. If `given` [B] is not None, it is the action.
     """
-    z_now = z_hist[:, -1:]  # [B, 1, C, h, w]
-    logits, _, policy_state = agent.actor_critic(z_now, None, states[:2])
+    logits, _, policy_state = agent.actor_critic(z_hist[:, -1:], None, policy_state)
     act = sample_logits(logits[:, 0]) if given is None else given  # [B]
-    rew_logits, end_logits, model_state = agent.reward_end(z_now, act[:, None], None, states[2:])
-    rew = sample_logits(rew_logits[:, 0]) - 1.0  # [B]
-    end = sample_logits(end_logits[:, 0]).float()  # [B]
     acts = torch.cat([act_hist, act[:, None]], 1)  # [B, L]
     z_next = agent.denoiser.sample(z_hist, acts, torch.randn_like(z_hist[:, 0]))
-    return z_next, act, rew, end, *policy_state, *model_state
+    return z_next, act, *policy_state
 
 
 @torch.no_grad()
@@ -731,31 +724,26 @@ def imagine(agent, z, act, real, horizon, actions=None, step=imagine_step):
     If `actions` [B, H] is not None, they are taken. `step` may be a compiled imagine_step.
     """
     L = z.shape[1]
-    _, _, policy_state = agent.actor_critic(z[:, :-1], real[:, :-1])  # both LSTMs burn in
-    _, _, model_state = agent.reward_end(z[:, :-1], act[:, :-1], real[:, :-1])
-    states = [*policy_state, *model_state]
+    _, _, policy_state = agent.actor_critic(z[:, :-1], real[:, :-1])  # burns in
     latents = list(z.unbind(1))
     acts = list(act[:, :-1].unbind(1))
-    rews = []
-    ends = []
     for t in range(horizon):
         given = None if actions is None else actions[:, t]
         z_hist = torch.stack(latents[-L:], 1)  # [B, L, C, h, w]
         act_hist = torch.stack(acts[1 - L :], 1)  # [B, L-1]
-        outputs = step(agent, z_hist, act_hist, given, *states)
+        outputs = step(agent, z_hist, act_hist, given, *policy_state)
         # a CUDA graph overwrites its outputs when it runs again, so they are copied at once
-        z_next, act_t, rew, end, *states = [tensor.clone() for tensor in outputs]
+        z_next, act_t, *policy_state = [tensor.clone() for tensor in outputs]
         latents.append(z_next)
         acts.append(act_t)
-        rews.append(rew)
-        ends.append(end)
-    return Rollout(
-        z=torch.stack(latents, 1),
-        real=F.pad(real, (0, horizon), value=True),
-        act=torch.stack(acts[L - 1 :], 1),
-        rew=torch.stack(rews, 1),
-        end=torch.stack(ends, 1),
-    )
+    z = torch.stack(latents, 1)  # [B, L+H, C, h, w]
+    act = torch.stack(acts, 1)  # [B, L+H-1]
+    real = F.pad(real, (0, horizon), value=True)  # [B, L+H]
+    # what R draws changes nothing that follows, so it reads all steps at once
+    rew_logits, end_logits = agent.reward_end(z[:, :-1], act, real[:, :-1])
+    rew = sample_logits(rew_logits[:, L - 1 :]) - 1.0  # [B, H]
+    end = sample_logits(end_logits[:, L - 1 :]).float()  # [B, H]
+    return Rollout(z, real, act[:, L - 1 :], rew, end)
 
 
 # ------------------------------- Losses: tensors in, a loss and its parts out; they never wait for the device
@@ -764,7 +752,7 @@ def world_model_loss(agent, batch):
     # DEVIATES: one batch, encoded once, serves denoiser and R; DIAMOND draws one for each
     z = agent.encoder(batch.obs, batch.real)  # [B, T, C, h, w]
     denoising_loss = agent.denoiser.loss(z, batch.act, batch.real)
-    rew_logits, end_logits, _ = agent.reward_end(z, batch.act, batch.has_act)
+    rew_logits, end_logits = agent.reward_end(z, batch.act, batch.has_act)
     rew_class = batch.rew.long() + 1  # [B, T] 0, 1 or 2
     rew_error = F.cross_entropy(rew_logits.transpose(1, 2), rew_class, reduction="none")  # [B, T]
     end_error = F.cross_entropy(end_logits.transpose(1, 2), batch.end, reduction="none")  # [B, T]
@@ -856,7 +844,7 @@ def measure(agent, batch):
     relative_error = error.sum(0) / no_change.sum(0)  # [H]
 
     def expected_reward(latents):
-        logits, _, _ = agent.reward_end(latents, batch.act, batch.has_act)
+        logits, _ = agent.reward_end(latents, batch.act, batch.has_act)
         probs = logits[:, L - 1 : -1].softmax(-1)  # [B, H, 3]
         return probs[..., 2] - probs[..., 0]  # [B, H]
 

@@ -189,7 +189,7 @@ def measure(jedi, agent, fit, held_out):
     result["state right"] = float(np.mean(result["cells 1 imagined"] + result["cells 5 imagined"]))
     result["paddle 5"] = result["cells 5 imagined"][0]
 
-    logits, _, _ = agent.reward_end(rollout.z, batch.act, batch.has_act)
+    logits, _ = agent.reward_end(rollout.z, batch.act, batch.has_act)
     probs = logits.softmax(-1)[:, L:-1]  # [B, H-1, 3] at imagined frames
     rew = batch.rew[:, L:-1]
     acted = batch.has_act[:, L:-1]

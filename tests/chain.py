@@ -193,7 +193,7 @@ def measure_latents(run, play):
 
 def expectations(agent, z, batch, k):
     """What R expects `k` steps after the anchor -> {kind: [AUC, mean where it came, mean elsewhere]}."""
-    rew_logits, end_logits, _ = agent.reward_end(z, batch.act, batch.has_act)
+    rew_logits, end_logits = agent.reward_end(z, batch.act, batch.has_act)
     t = agent.args.num_conditioning_steps - 1 + k
     good = batch.has_act[:, t]
     probs = rew_logits[good, t].softmax(-1)  # [N, 3] of -1, 0 and 1

@@ -423,7 +423,7 @@ def test_lstms_ignore_padding(network):
         alone = agent.actor_critic(z[:, 2:])[0]
     else:
         padded = agent.reward_end(z, act, real)[0]
-        alone = agent.reward_end(z[:, 2:], act[:, 2:])[0]
+        alone = agent.reward_end(z[:, 2:], act[:, 2:], real[:, 2:])[0]
     assert_close(padded[:, 2:], alone)
 
 
@@ -564,7 +564,7 @@ def test_imagination_reads_every_step_as_the_losses_do():
     before = batch.act[:, : L - 1]
     unused = rollout.act[:, :1]  # at the last latent, of which nothing is read
     act = torch.cat([before, rollout.act, unused], dim=1)
-    rew_logits, end_logits, _ = agent.reward_end(rollout.z, act, rollout.real)
+    rew_logits, end_logits = agent.reward_end(rollout.z, act, rollout.real)
     best = rew_logits.argmax(-1) - 1.0
     assert torch.equal(rollout.rew, best[:, now])
     best = end_logits.argmax(-1).float()
@@ -670,7 +670,7 @@ def test_rewards_and_ends_are_learned_and_found_in_imagination():
     ahead = batch.has_act.clone()
     ahead[:, :L] = False  # what is read from imagined latents, one to three steps ahead
     for latents, least in ((z, 0.9), (rollout.z, 0.75)):
-        rew_logits, end_logits, _ = agent.reward_end(latents, batch.act, batch.has_act)
+        rew_logits, end_logits = agent.reward_end(latents, batch.act, batch.has_act)
         rew = rew_logits.softmax(-1)[ahead]
         end = end_logits.softmax(-1)[ahead]
         caught = batch.rew[ahead] > 0
@@ -692,7 +692,7 @@ def measured(monkeypatch, dream):
 
     def read(latents, act, has_act):
         logit = latents[:, :, 0, 0, 0]
-        return torch.stack([-10 * logit, 0 * logit, 10 * logit], dim=-1), None, None
+        return torch.stack([-10 * logit, 0 * logit, 10 * logit], dim=-1), None
 
     monkeypatch.setattr(jedi, "imagine", imagine)
     agent.reward_end.forward = read
