@@ -39,14 +39,12 @@ def phases(args, device):
     wm_loss = jedi.world_model_loss
     ac_loss = jedi.actor_critic_loss
     step = jedi.imagine_step
-    if args.compile and device.type == "cuda":
-        torch._dynamo.config.allow_rnn = True
-        options = {"fullgraph": True, "dynamic": False, "mode": "reduce-overhead"}
-        wm_loss = torch.compile(wm_loss, **options)
-        ac_loss = torch.compile(ac_loss, **options)
-        step = torch.compile(step, **options)
     L = args.num_conditioning_steps
     H = args.horizon
+    if args.compile and device.type == "cuda":
+        torch.cuda.set_device(device)
+        batch = replay.sample(replay.anchors(args.batch_size), L - 1, H)
+        wm_loss, ac_loss, step = jedi.compile_losses(agent, batch)
 
     def collect():
         obs, _ = env.reset()
@@ -103,6 +101,7 @@ def main():
     jedi.check_args(args)
     jedi.keep_freed_memory()
     torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cudnn.benchmark = True
     device = torch.zeros(1, device=args.device).device
     on_cuda = device.type == "cuda"
@@ -115,7 +114,7 @@ def main():
     print(f"preset {args.preset}, batch {args.batch_size}", flush=True)
     seconds = measure(args, device)
     if on_cuda:
-        print(f"peak memory   {torch.cuda.max_memory_allocated(device) / 2**30:10.1f} GiB")
+        print(f"peak memory   {torch.cuda.max_memory_reserved(device) / 2**30:10.1f} GiB")
     print(f"a whole run   {hours_of_a_run(args, seconds):10.1f} hours")
 
 

@@ -21,8 +21,9 @@ import numpy as np
 import pytest
 import torch
 
+import evaluate
 import jedi
-from tests import ablations, benchmark
+from tests import ablations, benchmark, chain, gpu_smoke
 from tests.tiny import CPU, ROOT, assert_equal, command_line, flags, make_agent, make_batch, tiny
 
 
@@ -713,6 +714,23 @@ def test_a_run_keeps_freed_memory(tmp_path, monkeypatch):
 
 
 # -------------------------------------------------------------------------------- Tools
+def test_the_report_of_a_gpu_survives_what_stops(monkeypatch):
+    """Every stage is written when it ends; the paragraph has the numbers that were printed."""
+    script = "print('world model    12.5 ms'); print('a whole run    3.2 hours'); 1 / 0"
+    failed = gpu_smoke.run_stage("compiled", ["-c", script], 30)
+    assert failed["exit"] == 1
+    monkeypatch.setattr(gpu_smoke, "QUIET", 0.2)
+    stopped = gpu_smoke.run_stage("learning", ["-c", "import time; time.sleep(60)"], 1)
+    assert stopped["exit"] == "stopped"
+    assert stopped["seconds"] < 10
+    stages = {"compiled": failed, "learning": stopped}
+    text = gpu_smoke.summary({"device": "a card", "preset": "paper", "torch": "2", "system": "x", "stages": stages})
+    assert "compiled: world-model update 12.5 ms" in text
+    assert "a whole run about 3.2 hours" in text
+    assert "Tests: not run" in text
+    assert "Not ended well: compiled, learning" in text
+
+
 def test_the_benchmark_times_what_a_run_runs():
     seconds = benchmark.measure(tiny(), CPU, repetitions=2)
     assert list(seconds) == ["collect", "world model", "actor-critic"]
@@ -721,6 +739,9 @@ def test_the_benchmark_times_what_a_run_runs():
     seconds = {"collect": 60.0, "world model": 600.0, "actor-critic": 6000.0}
     hours = benchmark.hours_of_a_run(tiny(), seconds)
     assert hours == pytest.approx((60 * 60 + 8 * 600 + 7 * 6000) / 3600)
+
+
+CHAIN = {"first_collect_steps": 60, "final_epochs": 0, "horizon": 10, "first_actor_critic_updates": 0}
 
 
 @pytest.mark.parametrize("name", ablations.VARIANTS)
@@ -740,6 +761,32 @@ def test_an_ablation_is_a_change_of_the_present_file(name):
         outputs.append([loss.item(), changed.encoder.net[0].weight.grad.norm().item(), drawn.std().item()])
     assert np.isfinite(outputs).all()
     assert (outputs[0] == outputs[1]) == (name in ("full", "frozen"))
+
+
+def test_the_chain_is_measured_and_plays_like_the_agent(tmp_path, capsys, monkeypatch):
+    """The measurement goes through all links, and its pushes leave the game as it was."""
+    _, run_dir = run(tmp_path, env_id="BreakoutNoFrameskip-v4", eval_episodes=1, **CHAIN)
+    numbers = chain.main([str(run_dir), "--steps", "150", "--out", str(tmp_path / "chain.json")])
+    out = capsys.readouterr().out
+    for letter in "abcdef":
+        assert f"({letter}) " in out
+    assert json.loads((tmp_path / "chain.json").read_text()) == as_json(numbers)
+    assert math.isfinite(numbers["push"])
+    assert numbers["latents"]["without whole frame"] > numbers["latents"]["without ball"] > 0
+    source = evaluate.Run(run_dir, "cpu", 7)
+    with torch.no_grad():
+        pushed = chain.record(source, 150, 1.0, 7).replay.data["obs"]
+        source = evaluate.Run(run_dir, "cpu", 7)
+        monkeypatch.setattr(chain, "PUSH_EVERY", 10**9)
+        undisturbed = chain.record(source, 150, 1.0, 7).replay.data["obs"]
+    assert torch.equal(pushed, undisturbed)
+
+
+def test_the_area_under_the_roc_curve():
+    """A tie counts half."""
+    score = torch.tensor([0.1, 0.4, 0.4, 0.9])
+    assert chain.roc_auc(score, torch.tensor([False, False, True, True])) == 0.875
+    assert chain.roc_auc(score, torch.tensor([True, False, False, False])) == 0
 
 
 def test_an_exported_agent_is_the_agent(finished, tmp_path):
