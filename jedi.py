@@ -1027,8 +1027,11 @@ def main(args):
         torch.empty(frames, 8 * args.encoder_channels[0], args.image_size, args.image_size)  # an update takes more
         agent = Agent(args, int(env.action_space.n)).to(device)
         run = RunDir(args)
+        state = None
+        if run.checkpoint.exists():
+            state = torch.load(run.checkpoint, map_location="cpu")
     except (OSError, ImportError, RuntimeError, AssertionError, ValueError) as error:
-        flags = "--device, --total-steps, --batch-size, --runs-dir, --track or a width: "
+        flags = "--device, --total-steps, --batch-size, --runs-dir, --track, a width or ckpt.pt: "
         raise UsageError(flags + str(error).splitlines()[0])
     result_file = run.path / "result.json"
     if result_file.exists():
@@ -1054,8 +1057,7 @@ def main(args):
     start_time = time.time()
     epoch = 0
     global_step = 0
-    if run.checkpoint.exists():
-        state = torch.load(run.checkpoint, map_location="cpu")
+    if state:
         for name, part in parts.items():
             part.load_state_dict(state[name])
         rng.set_rng_state(state["rng"])

@@ -258,6 +258,19 @@ def test_a_save_that_fails_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     assert torch.load(run_dir.checkpoint, weights_only=True) == {"i": 1}
 
 
+def test_half_a_checkpoint_is_refused_in_one_line(finished_copy, capsys):
+    """Nothing is lost: the file stays as it is."""
+    run_dir = finished_copy
+    (run_dir / "result.json").unlink()
+    file = run_dir / "ckpt.pt"
+    half = file.read_bytes()[: file.stat().st_size // 2]
+    file.write_bytes(half)
+    code, _, err = command_line(capsys, flags(runs_dir=run_dir.parent))
+    assert code == 2
+    assert re.fullmatch(r"error: .*ckpt\.pt: .+\n", err)
+    assert file.read_bytes() == half
+
+
 def test_a_finished_run_says_so(finished, finished_copy, capsys):
     before = contents(finished_copy)
     result, _ = run(finished_copy.parent)
