@@ -256,7 +256,8 @@ def make_env(env_id, seed, image_size=64):
 
     def resize(obs):
         if not space.contains(obs):
-            raise UsageError(f"--env-id {env_id}: a frame {np.shape(obs)} is not in {space}")
+            frame = f"{np.asarray(obs).dtype} {np.shape(obs)}"
+            raise UsageError(f"--env-id {env_id}: the frame {frame} is not in {space}")
         image = torch.from_numpy(np.ascontiguousarray(obs)).permute(2, 0, 1).float()
         small = rows @ image @ cols.T  # [3, S, S]
         return small.round().to(torch.uint8).numpy()

@@ -224,7 +224,7 @@ REFUSED = {
     "RewardMissing-v0": "reward None",
     "ChannelsFirst-v0": "(3, 16, 16)",
     "Cropped-v0": "(11, 16, 3)",
-    "FloatFrames-v0": "frame",
+    "FloatFrames-v0": "float64",
     "NoDisplay-v0": "no display",
     "Numbers-v0": "needed are uint8 images",
     "Rgba-v0": "needed are uint8 images",
