@@ -817,6 +817,8 @@ def compile_losses(agent, batch):
                 z = agent.encoder(batch.obs[:, :L]).detach()
                 rollout = imagine(agent, z, batch.act[:, :L], batch.real[:, :L], H, step=step)
                 ac_loss(agent, rollout)[0].backward()
+            gigabytes = torch.cuda.max_memory_reserved() / 1e9
+            print(f"compiled, {gigabytes:.1f} GB reserved with the replay", flush=True)
             return wm_loss, ac_loss, step
         except torch.OutOfMemoryError:
             raise
