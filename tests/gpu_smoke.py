@@ -72,7 +72,10 @@ def summary(report):
     """Returns the paragraph to paste."""
     sentences = [f"jedi.py on {report['device']}, torch {report['torch']}, {report['system']}."]
     for name in ("compiled", "eager"):
-        stage = report["stages"].get(name, {})
+        if name not in report["stages"]:
+            sentences.append(f"Preset {report['preset']}, {name}: not run.")
+            continue
+        stage = report["stages"][name]
         world_model = find(stage, r"^world model +([\d.,]+) ms")
         actor_critic = find(stage, r"^actor-critic +([\d.,]+) ms")
         hours = find(stage, r"^a whole run +([\d.,]+) hours")
@@ -81,9 +84,10 @@ def summary(report):
             f"Preset {report['preset']}, {name}: world-model update {world_model} ms, actor-critic update"
             f" {actor_critic} ms, a whole run about {hours} hours, peak {memory} GiB."
         )
-    learned = report["stages"].get("learning", {})
-    score = find(learned, r"mean return (-?[\d.]+)")
-    sentences.append(f"NoisyCatch by `small`: {score} (learned: 8; random: -0.4) in {learned.get('seconds')} s.")
+    if "learning" in report["stages"]:
+        stage = report["stages"]["learning"]
+        score = find(stage, r"mean return (-?[\d.]+)")
+        sentences.append(f"NoisyCatch by `small`: {score} (learned: 8; random: -0.4) in {stage['seconds']} s.")
     tests = report["stages"].get("tests", {})
     last = tests["lines"][-1] if tests.get("lines") else "not run"
     sentences.append(f"Tests: {last.strip('= ')}.")

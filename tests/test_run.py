@@ -740,6 +740,7 @@ def test_the_report_of_a_gpu_survives_what_stops(monkeypatch):
     text = gpu_smoke.summary({"device": "a card", "preset": "paper", "torch": "2", "system": "x", "stages": stages})
     assert "compiled: world-model update 12.5 ms" in text
     assert "a whole run about 3.2 hours" in text
+    assert "eager: not run. NoisyCatch by `small`: None" in text
     assert "Tests: not run" in text
     assert "Not ended well: compiled, learning" in text
 
