@@ -576,8 +576,9 @@ class Denoiser(nn.Module):
         return loss
 
     @torch.no_grad()
-    def sample(self, z_hist, act_hist, z):
-        """The next latent [B, C, h, w] from unit noise z: Euler steps, no churn (Karras et al., Alg. 2)."""
+    def sample(self, z_hist, act_hist, noise):
+        """The next latent [B, C, h, w] from unit noise: Euler steps, no churn (Karras et al., Alg. 2)."""
+        z = self.sigmas[0] * noise  # DEVIATES: DIAMOND begins with unit noise. Then chance varies too little
         for sigma, sigma_next in zip(self.sigmas, self.sigmas[1:]):
             c_in, c_out, c_skip, c_noise = self.precondition(z.new_full(z.shape[:1], sigma))
             output = self.unet(c_in * z, c_noise, z_hist, act_hist)

@@ -46,8 +46,8 @@ def test_karras_sigmas():
     assert jedi.karras_sigmas(1, 2e-3, 5.0, 7.0) == pytest.approx([5.0, 0.0])
 
 
-def sample(denoise, sigmas, z):
-    """Sends z [N, D] through Denoiser.sample, with denoise(z, sigma) in place of a network."""
+def sample(denoise, sigmas, noise):
+    """Sends unit noise [N, D] through Denoiser.sample, with denoise(z, sigma) in place of a network."""
     denoiser = make_agent(tiny(latent_bound=1e6)).denoiser
 
     def unet(z_in, c_noise, z_hist, act_hist):
@@ -59,7 +59,7 @@ def sample(denoise, sigmas, z):
 
     denoiser.unet = unet
     denoiser.sigmas = sigmas
-    return denoiser.sample(None, None, z[..., None, None]).flatten(1)
+    return denoiser.sample(None, None, noise[..., None, None]).flatten(1)
 
 
 def mixture(modes, weights, std):
@@ -78,13 +78,27 @@ def test_sampler_recovers_a_mixture_of_gaussians():
     std = 0.1
     modes = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
     denoise = mixture(modes, torch.tensor([0.3, 0.7]), std)
-    noise = 80 * seeded(torch.randn, 20_000, 1).double()
+    noise = seeded(torch.randn, 20_000, 1).double()
     z = sample(denoise, jedi.karras_sigmas(200, sigma_max=80.0), noise)
     assert (z > 0).double().mean().item() == pytest.approx(0.7, abs=0.02)
     for mode in (-1.0, 1.0):
         near = z[(z - mode).abs() < 0.6]
         assert near.mean().item() == pytest.approx(mode, abs=0.02)
         assert near.std().item() == pytest.approx(std, abs=0.02)
+
+
+def test_sampler_draws_what_is_far_from_the_mean():
+    """Of eight equal modes on a line each is drawn. From unit noise at sigma 5 the outer four never are."""
+    modes = torch.linspace(-1, 1, 8).double()[:, None]
+    denoise = mixture(modes, torch.full((8,), 1 / 8), 0.02)
+    shares = []
+    for scale in (1.0, 1 / 5):
+        noise = scale * seeded(torch.randn, 20_000, 1).double()
+        z = sample(denoise, jedi.karras_sigmas(20), noise)
+        nearest = (z - modes.T).abs().argmin(1)
+        shares.append(torch.bincount(nearest, minlength=8) / 20_000)
+    assert shares[0].min() > 0.08
+    assert shares[1][[0, 1, 6, 7]].max() == 0
 
 
 def test_sampler_denoises_once_at_every_level():
