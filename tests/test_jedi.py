@@ -88,7 +88,7 @@ def test_sampler_recovers_a_mixture_of_gaussians():
 
 
 def test_sampler_draws_what_is_far_from_the_mean():
-    """Of eight equal modes on a line each is drawn. From unit noise at sigma 5 the outer four never are."""
+    """Of eight equal modes on a line each is drawn. From unit noise at sigma 5 the outer four are not."""
     modes = torch.linspace(-1, 1, 8).double()[:, None]
     denoise = mixture(modes, torch.full((8,), 1 / 8), 0.02)
     shares = []
@@ -98,7 +98,7 @@ def test_sampler_draws_what_is_far_from_the_mean():
         nearest = (z - modes.T).abs().argmin(1)
         shares.append(torch.bincount(nearest, minlength=8) / 20_000)
     assert shares[0].min() > 0.08
-    assert shares[1][[0, 1, 6, 7]].max() == 0
+    assert shares[1][[0, 1, 6, 7]].max() < 0.001
 
 
 def test_sampler_denoises_once_at_every_level():
