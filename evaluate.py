@@ -463,8 +463,6 @@ class Run:
 
     def play(self, steps):
         """A replay of real games that the sampled policy plays, one after the other."""
-        import torch
-
         args = dataclasses.replace(self.args, total_steps=steps)
         replay = self.source.ReplayBuffer(args, self.device)
         over = True

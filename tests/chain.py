@@ -34,6 +34,7 @@ import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluate import Run  # noqa: E402
+from tests.ablations import encode  # noqa: E402
 
 # addresses of positions in the emulator's RAM (Anand et al. 2019, arXiv 1906.08226)
 RAM = {
@@ -73,10 +74,10 @@ def record(run, num_steps, epsilon, seed):
     def try_out(action):
         """Returns the frame after five times the action, or None if the game ends on the way."""
         saved = ale.cloneState()
-        over = False
         for _ in range(PUSH_STEPS):
-            if not over:
-                frame, _, over, _, _ = env.step(action)
+            frame, _, over, _, _ = env.step(action)
+            if over:
+                break
         ale.restoreState(saved)
         return None if over else torch.from_numpy(frame)
 
@@ -117,13 +118,6 @@ def names_of(env_id, table):
         if env_id.startswith(game):
             return entry
     return {}
-
-
-def encode(agent, obs):
-    """Frames [..., 3, S, S] -> latents [..., C, h, w], in parts."""
-    frames = obs.flatten(0, -4)
-    parts = [agent.encoder(part) for part in frames.split(256)]
-    return torch.cat(parts).unflatten(0, obs.shape[:-3])
 
 
 def roc_auc(score, positive):
@@ -191,10 +185,9 @@ def measure_latents(run, play):
     return result
 
 
-def expectations(agent, z, batch, k):
-    """What R expects `k` steps after the anchor -> {kind: [AUC, mean where it came, mean elsewhere]}."""
-    rew_logits, end_logits = agent.reward_end(z, batch.act, batch.has_act)
-    t = agent.args.num_conditioning_steps - 1 + k
+def expectations(logits, batch, t):
+    """What R's logits expect at frame t -> {kind: [AUC, mean where it came, mean elsewhere]}."""
+    rew_logits, end_logits = logits
     good = batch.has_act[:, t]
     probs = rew_logits[good, t].softmax(-1)  # [N, 3] of -1, 0 and 1
     came = {
@@ -234,7 +227,9 @@ def measure_imagination(run, play, read, generator):
         rollout = run.source.imagine(agent, z[:, :L], batch.act[:, :L], batch.real[:, :L], H, actions)
         samples.append(rollout.z)
     samples = torch.stack(samples)  # [SAMPLES, B, L+H, C, h, w]
-    result = {"real": expectations(agent, z, batch, 0)}
+    from_real = agent.reward_end(z, batch.act, batch.has_act)
+    from_imagined = agent.reward_end(samples[0], batch.act, batch.has_act)
+    result = {"real": expectations(from_real, batch, L - 1)}
     now = z[:, L - 1]
     for k in sorted({1, 3, 5, 6, H}):
         t = L - 1 + k
@@ -245,7 +240,7 @@ def measure_imagination(run, play, read, generator):
         spread = samples[:, real, t].var(0).mean()
         mean_error = (samples[:, real, t].mean(0) - future).square().mean() - spread / SAMPLES
         result[f"error {k}"] = [(sample_error / no_change).item(), (mean_error / no_change).item()]
-        result[f"imagined {k}"] = expectations(agent, samples[0], batch, k)
+        result[f"imagined {k}"] = expectations(from_imagined, batch, t)
         if read:
             slots = anchors[real] + k
             truth = play.ram[slots]

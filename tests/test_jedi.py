@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import (
 from torch.testing import assert_close
 
 import jedi
+from tests.chain import roc_auc
 from tests.tiny import CPU, make_agent, make_batch, make_replay, seeded, tiny
 
 L = 4  # conditioning steps of tiny()
@@ -651,14 +652,6 @@ def random_play(args, seed):
     return replay
 
 
-def roc_area(score, label):
-    """The probability that a positive has a higher score than a negative; 0.5 by chance."""
-    positive = score[label][:, None]
-    negative = score[~label]
-    wins = (positive > negative).float() + 0.5 * (positive == negative)
-    return wins.mean().item()
-
-
 def test_rewards_and_ends_are_learned_and_found_in_imagination():
     """After 200 small updates R tells catches and misses in games that it has not seen."""
     args = tiny(
@@ -689,8 +682,8 @@ def test_rewards_and_ends_are_learned_and_found_in_imagination():
         end = end_logits.softmax(-1)[ahead]
         caught = batch.rew[ahead] > 0
         missed = batch.end[ahead] == 1
-        assert roc_area(rew[:, 2], caught) >= least
-        assert roc_area(end[:, 1], missed) >= least
+        assert roc_auc(rew[:, 2], caught) >= least
+        assert roc_auc(end[:, 1], missed) >= least
 
 
 # ---------------------------------------------------------------------------------- Measurement
