@@ -433,7 +433,7 @@ def bound(z, limit):
 class Encoder(nn.Module):
     """E: frames [..., 3, S, S] -> latents z [..., C, h, w] = C(sigma_data (x - center) / scale).
 
-    x is the output of the network, center its mean over frames, scale its rms distance from center.
+    x is the output of the network, center its mean over frames, scale a frame's mean distance from center.
     """
 
     # DEVIATES: published is z = C(x). Then nothing keeps the moving part of x from shrinking, because
@@ -464,15 +464,16 @@ class Encoder(nn.Module):
         center = self.center
         scale = self.scale
         if real is not None:
-            mask = real[..., None, None, None].expand_as(x)
+            mask = real[..., None, None, None]
             center = torch.where(mask, x, 0).sum((0, 1)) / real.sum()  # [C, h, w]
-            scale = masked_mean((x - center).square(), mask).sqrt().detach()  # []
+            distance = (x - center).square().mean((2, 3, 4)).sqrt()  # [B, T] of each frame
+            scale = masked_mean(distance, real).detach()  # []
             self.center.lerp_(center.detach(), 0.1)
             self.scale.lerp_(scale, 0.1)
-            # Forward: divide by the spread of x. Backward: as if divided by the rms of its motion. Else
+            # Forward: divide by the spread of x. Backward: as if divided by the mean of its steps. Else
             # the loss falls when whatever moves is made smaller, and the latent ends as a still picture
-            motion = masked_mean((x[:, 1:] - x[:, :-1]).square(), mask[:, 1:] & mask[:, :-1])
-            motion = motion.clamp(min=1e-12).sqrt()
+            step = (x[:, 1:] - x[:, :-1]).square().mean((2, 3, 4)).clamp(min=1e-12).sqrt()  # [B, T-1]
+            motion = masked_mean(step, real[:, 1:] & real[:, :-1])  # []
             scale = scale * (motion / motion.detach())  # the value of scale, the gradient of motion
         z = self.args.sigma_data * (x - center) / scale.clamp(min=1e-6)
         return bound(z, self.args.latent_bound)

@@ -92,7 +92,7 @@ VARIANTS = {
     "frozen": Variant("the encoder stays as it was initialised", encoder_lr_scale=0.0),
     "plain batch norm": Variant(
         "the gradient flows through the spread instead of the motion",
-        (".square(), mask).sqrt().detach()  # []", ".square(), mask).sqrt()"),
+        ("scale = masked_mean(distance, real).detach()", "scale = masked_mean(distance, real)"),
         ("self.scale.lerp_(scale, 0.1)", "self.scale.lerp_(scale.detach(), 0.1)"),
         ("scale = scale * (motion / motion.detach())", "scale = scale * 1.0"),
     ),

@@ -272,7 +272,7 @@ def test_latents_are_normalised_by_the_batch_or_by_running_statistics():
     for _ in range(100):
         z = encoder(batch.obs, real)
     assert z[real].mean(0).abs().max() < 1e-4  # every position is centered
-    assert z[real].square().mean().sqrt().item() == pytest.approx(args.sigma_data, rel=1e-3)
+    assert z[real].square().mean((1, 2, 3)).sqrt().mean().item() == pytest.approx(args.sigma_data, rel=1e-3)
     assert error() < 1e-3 * args.sigma_data
     frozen = copy.deepcopy(encoder.state_dict())
     encoder(255 - batch.obs)
@@ -294,11 +294,11 @@ def test_a_latent_that_stands_still_wins_nothing():
 
     def motion(z):
         both = real[:, 1:] & real[:, :-1]
-        return (z[:, 1:] - z[:, :-1])[both].square().mean()
+        return (z[:, 1:] - z[:, :-1])[both].square().mean((1, 2, 3)).sqrt().mean()
 
     x = encoder.net(batch.obs.flatten(0, 1) / 255).unflatten(0, real.shape)
     x = x - x[real].mean(0)
-    plain = args.sigma_data * x / x[real].square().mean().sqrt()
+    plain = args.sigma_data * x / x[real].square().mean((1, 2, 3)).sqrt().mean()
     z = encoder(batch.obs, real)
     assert_close(z, plain, rtol=1e-3, atol=1e-4)  # the values are the same
     assert gradient_size(motion(plain), encoder) > 1e-2
