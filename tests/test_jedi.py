@@ -259,6 +259,11 @@ def test_the_encoder_sees_frames_between_0_and_1_and_keeps_its_bound():
     assert 2.9 < z.abs().max() <= 3
 
 
+def mean_rms(z):
+    """Mean over frames of the rms of each, z [N, C, h, w]."""
+    return z.square().mean((1, 2, 3)).sqrt().mean()
+
+
 def test_latents_are_normalised_by_the_batch_or_by_running_statistics():
     args = tiny(latent_bound=1e6)
     encoder = make_agent(args).encoder
@@ -272,7 +277,7 @@ def test_latents_are_normalised_by_the_batch_or_by_running_statistics():
     for _ in range(100):
         z = encoder(batch.obs, real)
     assert z[real].mean(0).abs().max() < 1e-4  # every position is centered
-    assert z[real].square().mean((1, 2, 3)).sqrt().mean().item() == pytest.approx(args.sigma_data, rel=1e-3)
+    assert mean_rms(z[real]).item() == pytest.approx(args.sigma_data, rel=1e-3)
     assert error() < 1e-3 * args.sigma_data
     frozen = copy.deepcopy(encoder.state_dict())
     encoder(255 - batch.obs)
@@ -294,11 +299,11 @@ def test_a_latent_that_stands_still_wins_nothing():
 
     def motion(z):
         both = real[:, 1:] & real[:, :-1]
-        return (z[:, 1:] - z[:, :-1])[both].square().mean((1, 2, 3)).sqrt().mean()
+        return mean_rms((z[:, 1:] - z[:, :-1])[both])
 
     x = encoder.net(batch.obs.flatten(0, 1) / 255).unflatten(0, real.shape)
     x = x - x[real].mean(0)
-    plain = args.sigma_data * x / x[real].square().mean((1, 2, 3)).sqrt().mean()
+    plain = args.sigma_data * x / mean_rms(x[real])
     z = encoder(batch.obs, real)
     assert_close(z, plain, rtol=1e-3, atol=1e-4)  # the values are the same
     assert gradient_size(motion(plain), encoder) > 1e-2
