@@ -58,7 +58,7 @@ import re
 import sys
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -75,14 +75,17 @@ from torch import Tensor
 
 
 # ---------------------------------------------------------------------------------- Hyperparameters
+CUDA = torch.cuda.is_available()
+
+
 @dataclass
 class Args:
     """JEDI on one game. The same command goes on with a run that was stopped."""
 
     env_id: str = "BreakoutNoFrameskip-v4"  # an Atari game, or module:Name-v0 for your own
-    preset: Literal["paper", "small"] = "paper" if torch.cuda.is_available() else "small"  # see PRESETS
+    preset: Literal["paper", "small", "laptop"] = "paper" if CUDA else "small"  # see PRESETS
     seed: int = 1  # of every random number; on a CPU it determines the run bit for bit
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda, cuda:1, mps
+    device: str = "cuda" if CUDA else "cpu"  # cpu, cuda, cuda:1, mps
     compile: bool = True  # torch.compile with CUDA graphs, on CUDA only
     exp_name: str = Path(__file__).stem  # name of the method
     runs_dir: str = "runs"  # a run lives in <runs-dir>/<env-id>__<exp-name>__<seed>
@@ -112,8 +115,10 @@ class Args:
     ent_coef: float = 0.001  # eta, weight of the policy's entropy in nats [D]
     # optimization
     batch_size: int = 32  # B; the paper takes the better of 32 and 64 for each game [P]
+    actor_critic_batch_size: int = 32  # B of the actor-critic [D]
     learning_rate: float = 1e-4  # of AdamW, for all networks but the encoder [D]
     encoder_lr_scale: float = 0.3  # the encoder's rate / learning_rate [P]
+    actor_critic_lr_scale: float = 1.0  # the actor-critic's rate / learning_rate [D]
     warmup_updates: int = 100  # linear warm-up of the rates [D]
     anneal_lr: bool = False  # then they fall linearly to 0 by the end of the run [D: no]
     world_model_clip: float = 1.0  # largest gradient norm of encoder and of denoiser [D]
@@ -148,6 +153,7 @@ PRESETS = {
         horizon=10,
         ent_coef=0.01,
         batch_size=24,
+        actor_critic_batch_size=24,
         learning_rate=1.5e-3,
         anneal_lr=True,
         actor_critic_clip=1.0,
@@ -161,6 +167,22 @@ PRESETS = {
         final_epochs=0,
     ),
 }
+PRESETS["laptop"] = replace(  # an Atari game in half an hour of one core
+    PRESETS["small"],
+    preset="laptop",
+    num_denoising_steps=1,
+    gamma=0.97,
+    ent_coef=0.003,
+    actor_critic_batch_size=128,
+    actor_critic_lr_scale=0.2,
+    total_steps=50_000,
+    first_collect_steps=20_000,
+    collect_steps=750,
+    first_world_model_updates=1_500,
+    world_model_updates=50,
+    first_actor_critic_updates=150,
+    actor_critic_updates=30,
+)
 MAY_BE_ZERO = """seed checkpoint_minutes gamma td_lambda ent_coef encoder_lr_scale warmup_updates epsilon
     first_world_model_updates world_model_updates first_actor_critic_updates actor_critic_updates
     final_epochs""".split()
@@ -797,13 +819,13 @@ def actor_critic_loss(agent, rollout):
     return policy_loss + value_loss - args.ent_coef * entropy, logs
 
 
-def compile_losses(agent, batch):
-    """Compiles world_model_loss, actor_critic_loss and imagine_step, and tries them on a batch.
+def compile_losses(agent, batch, starts):
+    """Compiles world_model_loss, actor_critic_loss and imagine_step, and tries them.
 
+    `batch` are segments of L + H frames for the first, `starts` of L frames for the other two.
     It uses CUDA graphs or, where these cannot be captured, none. Raises UsageError if both fail.
     """
     print("compiling, 1 to 4 minutes", flush=True)
-    L = agent.args.num_conditioning_steps
     H = agent.args.horizon
     torch._dynamo.config.allow_rnn = True
     for mode in ("reduce-overhead", "default"):  # the first one means CUDA graphs
@@ -816,8 +838,8 @@ def compile_losses(agent, batch):
                 agent.zero_grad()
                 torch.compiler.cudagraph_mark_step_begin()
                 wm_loss(agent, batch)[0].backward()
-                z = agent.encoder(batch.obs[:, :L]).detach()
-                rollout = imagine(agent, z, batch.act[:, :L], batch.real[:, :L], H, step=step)
+                z = agent.encoder(starts.obs).detach()
+                rollout = imagine(agent, z, starts.act, starts.real, H, step=step)
                 ac_loss(agent, rollout)[0].backward()
             gigabytes = torch.cuda.max_memory_reserved() / 1e9
             print(f"compiled, {gigabytes:.1f} GB reserved with the replay", flush=True)
@@ -918,7 +940,7 @@ def make_optimizers(agent, args):
     encoder = group(agent.encoder, args.encoder_lr_scale, args.world_model_clip)
     denoiser = group(agent.denoiser, 1.0, args.world_model_clip)
     reward_end = group(agent.reward_end, 1.0, args.reward_end_clip)
-    actor_critic = group(agent.actor_critic, 1.0, args.actor_critic_clip)
+    actor_critic = group(agent.actor_critic, args.actor_critic_lr_scale, args.actor_critic_clip)
     wm_groups = [encoder, denoiser, reward_end]
     wm_optimizer = torch.optim.AdamW(wm_groups, weight_decay=0.01, fused=True)  # [D]
     ac_optimizer = torch.optim.AdamW([actor_critic], weight_decay=0.0, fused=True)  # [D]
@@ -1116,7 +1138,8 @@ def main(args):
 
         if to_compile:
             batch = replay.sample(replay.anchors(args.batch_size), L - 1, H)
-            wm_loss, ac_loss, step = compile_losses(agent, batch)
+            starts = replay.sample(replay.anchors(args.actor_critic_batch_size), L - 1, 0)
+            wm_loss, ac_loss, step = compile_losses(agent, batch, starts)
             to_compile = False
 
         # 2. TRAIN THE WORLD MODEL: encoder, denoiser, reward and end model
@@ -1132,7 +1155,7 @@ def main(args):
         # 3. TRAIN THE ACTOR-CRITIC IN IMAGINATION
         updates = args.first_actor_critic_updates if first_epoch else args.actor_critic_updates
         for _ in progress(updates, "actor-critic update", updates_left, losses):
-            batch = replay.sample(replay.anchors(args.batch_size), L - 1, 0)
+            batch = replay.sample(replay.anchors(args.actor_critic_batch_size), L - 1, 0)
             with torch.no_grad():
                 z = agent.encoder(batch.obs)  # [B, L, C, h, w]
             rollout = imagine(agent, z, batch.act, batch.real, H, step=step)

@@ -44,7 +44,8 @@ def phases(args, device):
     if args.compile and device.type == "cuda":
         torch.cuda.set_device(device)
         batch = replay.sample(replay.anchors(args.batch_size), L - 1, H)
-        wm_loss, ac_loss, step = jedi.compile_losses(agent, batch)
+        starts = replay.sample(replay.anchors(args.actor_critic_batch_size), L - 1, 0)
+        wm_loss, ac_loss, step = jedi.compile_losses(agent, batch, starts)
 
     def collect():
         obs, _ = env.reset()
@@ -59,7 +60,7 @@ def phases(args, device):
 
     def actor_critic():
         torch.compiler.cudagraph_mark_step_begin()
-        batch = replay.sample(replay.anchors(args.batch_size), L - 1, 0)
+        batch = replay.sample(replay.anchors(args.actor_critic_batch_size), L - 1, 0)
         with torch.no_grad():
             z = agent.encoder(batch.obs)
         rollout = jedi.imagine(agent, z, batch.act, batch.real, H, step=step)

@@ -390,16 +390,17 @@ def test_learning_rates_warm_up_and_fall_to_zero():
         "warmup_updates": 4,
         "learning_rate": 0.1,
         "encoder_lr_scale": 0.5,
+        "actor_critic_lr_scale": 0.25,
         "first_world_model_updates": 10,
     }
     for anneal in (False, True):
         wm_rates, ac_rates = rates(tiny(anneal_lr=anneal, **schedule))
         assert wm_rates.shape == (14, 3)
         assert ac_rates.shape == (7, 1)
-        for values in (wm_rates[:, 1], wm_rates[:, 2], ac_rates[:, 0]):
+        for scale, values in ((1, wm_rates[:, 1]), (1, wm_rates[:, 2]), (0.25, ac_rates[:, 0])):
             for k, value in enumerate(values):
                 fall = 1 - k / len(values) if anneal else 1
-                assert value == pytest.approx(0.1 * min(1, (k + 1) / 4) * fall)
+                assert value == pytest.approx(0.1 * scale * min(1, (k + 1) / 4) * fall)
         assert wm_rates[:, 0] == pytest.approx(0.5 * wm_rates[:, 1])
 
 
@@ -411,6 +412,24 @@ def test_a_run_makes_the_updates_that_its_schedule_counts(finished):
     assert state["wm_scheduler"]["last_epoch"] == wm_updates == 8
     assert state["ac_scheduler"]["last_epoch"] == ac_updates == 7
     assert state["wm_scheduler"]["_last_lr"] == [0.0] * 3
+
+
+def test_world_model_and_actor_critic_have_batches_of_their_own_size(tmp_path, monkeypatch):
+    sizes = []
+
+    def spy(name):
+        loss = getattr(jedi, name)
+
+        def spied(agent, data):  # a batch or a rollout
+            sizes.append((name, len(data.act)))
+            return loss(agent, data)
+
+        monkeypatch.setattr(jedi, name, spied)
+
+    spy("world_model_loss")
+    spy("actor_critic_loss")
+    run(tmp_path, batch_size=3, actor_critic_batch_size=5)
+    assert set(sizes) == {("world_model_loss", 3), ("actor_critic_loss", 5)}
 
 
 def test_every_group_has_its_own_largest_gradient():
@@ -483,7 +502,7 @@ def test_the_preset_follows_the_machine(monkeypatch, cuda, preset):
     assert fresh.parse_args(["--no-compile"]).compile is False
 
 
-@pytest.mark.parametrize("preset", ["paper", "small"])
+@pytest.mark.parametrize("preset", jedi.PRESETS)
 def test_help_shows_the_values_of_the_preset(capsys, preset):
     code, out, _ = command_line(capsys, ["--preset", preset, "--help"])
     assert code == 0
@@ -849,15 +868,14 @@ def test_learns_the_toy_game(runs_dir, seed):
 @pytest.mark.slow
 def test_does_not_learn_with_shuffled_actions(runs_dir, monkeypatch):
     """The control: the same budget, but nobody can know what the actions do."""
-    sample = jedi.ReplayBuffer.sample
+    loss = jedi.world_model_loss
 
-    def shuffled(*inputs):
-        batch = sample(*inputs)
-        acts = batch.act.flatten()
-        acts = acts[torch.randperm(len(acts))]
-        return batch._replace(act=acts.view_as(batch.act))
+    def shuffled(agent, batch):
+        order = torch.randperm(batch.act.numel())
+        act = batch.act.flatten()[order].view_as(batch.act)
+        return loss(agent, batch._replace(act=act))
 
-    monkeypatch.setattr(jedi.ReplayBuffer, "sample", shuffled)
+    monkeypatch.setattr(jedi, "world_model_loss", shuffled)
     assert learn(runs_dir, "Catch", 1, exp_name="shuffled")["mean_return"] < 4
 
 

@@ -26,6 +26,7 @@ TINY = {
     "actor_critic_channels": (8, 8),
     "horizon": 3,
     "batch_size": 4,
+    "actor_critic_batch_size": 5,
     "warmup_updates": 2,
     "total_steps": 60,
     "first_collect_steps": 40,
@@ -95,6 +96,13 @@ def make_batch(args, batch_size=64, **recording):
     torch.manual_seed(0)
     anchor = replay.anchors(batch_size)
     return replay.sample(anchor, args.num_conditioning_steps - 1, args.horizon)
+
+
+def make_starts(args):
+    """Draws segments as long as those from which imagination begins."""
+    replay = make_replay(args)
+    anchor = replay.anchors(args.actor_critic_batch_size)
+    return replay.sample(anchor, args.num_conditioning_steps - 1, 0)
 
 
 def seeded(function, *inputs, seed=0):
