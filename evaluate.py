@@ -545,7 +545,7 @@ def draw(films, names, size):
     columns = max(len(film[0]) for film in films)
     picture = Image.new("RGB", (width * columns, height * len(films)), "white")
     pen = ImageDraw.Draw(picture)
-    font = ImageFont.load_default(16)
+    font = ImageFont.load_default(12)
     for i, (frames, act, rew, end) in enumerate(films):
         for j, frame in enumerate(frames):
             image = Image.fromarray(frame.permute(1, 2, 0).cpu().numpy())
