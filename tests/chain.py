@@ -17,7 +17,8 @@ The first link that breaks is the one to mend:
                      its error from imagined latents / if nothing changes / from the real latents
     (d) R, imagined  as (b), on latents that are imagined under the real actions
     (e) imagination  return of H steps, by sign, of the policy and of uniformly random actions
-    (f) real play    the same from the same starts; and the mean return of a whole game
+    (f) real play    the same from the same starts; and the mean return of a whole game, also of a blind player,
+                     who draws actions as often as the policy takes them, without looking
 
 Links (c) and (d) over the updates of a run are error_1, error_H, rewards_read and rewards_found in its metrics.jsonl.
 """
@@ -26,6 +27,7 @@ import argparse
 import json
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -59,8 +61,8 @@ class Play:
     pushed: torch.Tensor  # [P, 2, 3, S, S]
 
 
-def record(run, num_steps, epsilon, seed):
-    """Plays with the run's policy and a share `epsilon` of random actions; counts a lost life as an end."""
+def record(run, choose, num_steps, seed):
+    """Plays by choose(obs, state) -> action, new state; counts a lost life as an end."""
     env = run.env
     ale = env.unwrapped.ale
     rng = np.random.default_rng(seed)
@@ -98,7 +100,7 @@ def record(run, num_steps, epsilon, seed):
             if frames[0] is not None and frames[1] is not None:
                 pushes.append([replay.size - 1, *pair.tolist()])
                 pushed.append(torch.stack(frames))
-        act, state = run.agent.act(obs, state, epsilon)
+        act, state = choose(obs, state)
         obs, rew, terminated, truncated, info = env.step(act)
         game_over = terminated or truncated
         life_lost = info.get("lives", 0) < lives
@@ -110,6 +112,17 @@ def record(run, num_steps, epsilon, seed):
             returns.append(game_return)
     ram = torch.from_numpy(np.array(ram)).float()
     return Play(replay, ram, returns, torch.tensor(pushes), torch.stack(pushed))
+
+
+def blind_player(run, play):
+    """Returns a player who draws actions as often as they occur in the recording, without looking."""
+    taken = play.replay.data["act"][play.replay.data["has_act"]]
+    counts = torch.bincount(taken, minlength=run.env.action_space.n)
+
+    def choose(obs, state):
+        return torch.multinomial(counts.float(), 1).item(), None
+
+    return choose
 
 
 def names_of(env_id, table):
@@ -318,7 +331,7 @@ def show(run, m):
             mean, error = m["returns"][f"{who}, {place}"]
             cells.append(f"{who} {mean:.3f} +- {error:.3f}")
         lines.append(f"{letter} {', '.join(cells)} in {H} steps")
-    for who in ("policy", "uniform"):
+    for who in ("policy", "uniform", "blind"):
         games = m["returns"][f"{who}, games"]
         if len(games) > 1:
             mean, error = mean_and_error(torch.tensor(games))
@@ -336,8 +349,8 @@ def main(argv=None):
     run = Run(given.run, "cpu", given.seed + 20_000)
     generator = torch.Generator().manual_seed(given.seed)
     with torch.no_grad():
-        play = record(run, given.steps, 0.0, given.seed)
-        uniform = record(run, given.steps, 1.0, given.seed + 1)
+        play = record(run, run.agent.act, given.steps, given.seed)
+        uniform = record(run, partial(run.agent.act, epsilon=1.0), given.steps, given.seed + 1)
     read = None
     if names_of(run.args.env_id, RAM):
         obs = uniform.replay.data["obs"][: uniform.replay.size]
@@ -352,6 +365,8 @@ def main(argv=None):
         numbers["latents"] = measure_latents(run, play)
         numbers |= measure_imagination(run, play, read, generator)
         numbers["returns"] = measure_returns(run, play, uniform)
+        blind = record(run, blind_player(run, play), given.steps, given.seed + 2)
+        numbers["returns"]["blind, games"] = blind.returns
     print(show(run, numbers), flush=True)
     if given.out:
         with open(given.out, "a") as file:

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import io
 import json
@@ -24,7 +25,7 @@ import torch
 import evaluate
 import jedi
 from tests import ablations, benchmark, chain, gpu_smoke
-from tests.tiny import CPU, ROOT, assert_equal, command_line, flags, make_agent, make_batch, tiny
+from tests.tiny import CPU, ROOT, assert_equal, command_line, flags, make_agent, make_batch, make_replay, tiny
 
 
 def run(runs_dir, **changes):
@@ -801,11 +802,25 @@ def test_the_chain_is_measured_and_plays_like_the_agent(tmp_path, capsys, monkey
     assert numbers["latents"]["without whole frame"] > numbers["latents"]["without ball"] > 0
     source = evaluate.Run(run_dir, "cpu", 7)
     with torch.no_grad():
-        pushed = chain.record(source, 150, 1.0, 7).replay.data["obs"]
+        uniform = functools.partial(source.agent.act, epsilon=1.0)
+        pushed = chain.record(source, uniform, 150, 7).replay.data["obs"]
         source = evaluate.Run(run_dir, "cpu", 7)
         monkeypatch.setattr(chain, "PUSH_EVERY", 10**9)
-        undisturbed = chain.record(source, 150, 1.0, 7).replay.data["obs"]
+        uniform = functools.partial(source.agent.act, epsilon=1.0)
+        undisturbed = chain.record(source, uniform, 150, 7).replay.data["obs"]
     assert torch.equal(pushed, undisturbed)
+
+
+def test_a_blind_player_takes_every_action_as_often_as_the_policy():
+    replay = make_replay(tiny())
+    game = types.SimpleNamespace(env=types.SimpleNamespace(action_space=types.SimpleNamespace(n=4)))
+    choose = chain.blind_player(game, types.SimpleNamespace(replay=replay))
+    taken = replay.data["act"][replay.data["has_act"]]
+    torch.manual_seed(0)
+    drawn = torch.tensor([choose(None, None)[0] for _ in range(4000)])
+    for action in range(4):
+        share = (taken == action).float().mean().item()
+        assert (drawn == action).float().mean().item() == pytest.approx(share, abs=0.03)
 
 
 def test_the_area_under_the_roc_curve():
