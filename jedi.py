@@ -1050,7 +1050,7 @@ def main(args):
     try:
         device = torch.zeros(1, device=args.device).device
         replay = ReplayBuffer(args, device)
-        frames = args.batch_size * (L + H)
+        frames = max(args.batch_size, args.actor_critic_batch_size) * (L + H)
         torch.empty(frames, 8 * args.encoder_channels[0], args.image_size, args.image_size)  # an update takes more
         agent = Agent(args, int(env.action_space.n)).to(device)
         run = RunDir(args)
@@ -1058,7 +1058,8 @@ def main(args):
         if run.checkpoint.exists():
             state = torch.load(run.checkpoint, map_location="cpu")
     except (OSError, ImportError, RuntimeError, AssertionError, ValueError) as error:
-        flags = "--device, --total-steps, --batch-size, --runs-dir, --track, a width or ckpt.pt: "
+        flags = "--device, --total-steps, --batch-size, --actor-critic-batch-size, --runs-dir, --track, "
+        flags += "a width or ckpt.pt: "
         raise UsageError(flags + str(error).splitlines()[0])
     result_file = run.path / "result.json"
     if result_file.exists():

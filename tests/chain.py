@@ -114,13 +114,13 @@ def record(run, choose, num_steps, seed):
     return Play(replay, ram, returns, torch.tensor(pushes), torch.stack(pushed))
 
 
-def blind_player(run, play):
+def blind_player(replay):
     """Returns a player who draws actions as often as they occur in the recording, without looking."""
-    taken = play.replay.data["act"][play.replay.data["has_act"]]
-    counts = torch.bincount(taken, minlength=run.env.action_space.n)
+    taken = replay.data["act"][replay.data["has_act"]]
+    counts = torch.bincount(taken).float()
 
     def choose(obs, state):
-        return torch.multinomial(counts.float(), 1).item(), None
+        return torch.multinomial(counts, 1).item(), None
 
     return choose
 
@@ -365,7 +365,7 @@ def main(argv=None):
         numbers["latents"] = measure_latents(run, play)
         numbers |= measure_imagination(run, play, read, generator)
         numbers["returns"] = measure_returns(run, play, uniform)
-        blind = record(run, blind_player(run, play), given.steps, given.seed + 2)
+        blind = record(run, blind_player(play.replay), given.steps, given.seed + 2)
         numbers["returns"]["blind, games"] = blind.returns
     print(show(run, numbers), flush=True)
     if given.out:

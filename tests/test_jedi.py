@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 import jedi
 from tests.chain import roc_auc
-from tests.tiny import CPU, make_agent, make_batch, make_replay, make_starts, seeded, tiny
+from tests.tiny import CPU, make_agent, make_batch, make_replay, seeded, tiny
 
 L = 4  # conditioning steps of tiny()
 H = 3  # its horizon
@@ -835,7 +835,7 @@ def fake_compile(errors):
 def test_without_cuda_graphs_it_compiles_all_the_same(monkeypatch, capsys):
     agent = make_agent(tiny())
     batch = make_batch(agent.args)
-    starts = make_starts(agent.args)
+    starts = make_batch(tiny(horizon=0))  # imagination begins where a segment of L frames ends
     errors = {"reduce-overhead": RuntimeError("no capture")}
     monkeypatch.setattr(torch, "compile", fake_compile(errors))
     wm_loss, _, _ = jedi.compile_losses(agent, batch, starts)
@@ -853,7 +853,7 @@ def test_a_full_memory_is_no_failure_of_compilation(monkeypatch):
     errors = {"reduce-overhead": torch.OutOfMemoryError("full")}
     monkeypatch.setattr(torch, "compile", fake_compile(errors))
     with pytest.raises(torch.OutOfMemoryError):
-        jedi.compile_losses(agent, make_batch(agent.args), make_starts(agent.args))
+        jedi.compile_losses(agent, make_batch(agent.args), make_batch(tiny(horizon=0)))
 
 
 @pytest.mark.slow

@@ -566,8 +566,11 @@ def test_a_device_that_is_not_there(tmp_path, capsys):
     assert err.count("\n") == 1
 
 
+TOO_LARGE = [("total_steps", 10**12), ("batch_size", 10**9), ("actor_critic_batch_size", 10**9)]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs limits on memory")
-@pytest.mark.parametrize("name, value", [("total_steps", 10**12), ("batch_size", 10**9)])
+@pytest.mark.parametrize("name, value", TOO_LARGE)
 def test_a_budget_that_does_not_fit(tmp_path, capsys, name, value):
     """The line names the flag and has the bytes."""
     code, _, err = command_line(capsys, flags(runs_dir=tmp_path, **{name: value}))
@@ -813,8 +816,7 @@ def test_the_chain_is_measured_and_plays_like_the_agent(tmp_path, capsys, monkey
 
 def test_a_blind_player_takes_every_action_as_often_as_the_policy():
     replay = make_replay(tiny())
-    game = types.SimpleNamespace(env=types.SimpleNamespace(action_space=types.SimpleNamespace(n=4)))
-    choose = chain.blind_player(game, types.SimpleNamespace(replay=replay))
+    choose = chain.blind_player(replay)
     taken = replay.data["act"][replay.data["has_act"]]
     torch.manual_seed(0)
     drawn = torch.tensor([choose(None, None)[0] for _ in range(4000)])

@@ -98,13 +98,6 @@ def make_batch(args, batch_size=64, **recording):
     return replay.sample(anchor, args.num_conditioning_steps - 1, args.horizon)
 
 
-def make_starts(args):
-    """Draws segments as long as those from which imagination begins."""
-    replay = make_replay(args)
-    anchor = replay.anchors(args.actor_critic_batch_size)
-    return replay.sample(anchor, args.num_conditioning_steps - 1, 0)
-
-
 def seeded(function, *inputs, seed=0):
     """Calls the function with the random numbers of the seed."""
     torch.manual_seed(seed)
