@@ -1,6 +1,6 @@
 """Small environments, each with one habit of other people's; their ids are their class names.
 
-    python jedi.py --env-id tests.odd_games:Stairs-v0
+    python jedi.py --preset small --env-id tests.odd_games:Stairs-v0
 """
 
 import gymnasium as gym
