@@ -16,7 +16,10 @@ The first link that breaks is the one to mend:
                      What the emulator's RAM knows (Breakout, Boxing), read from latents by a small network:
                      its error from imagined latents / if nothing changes / from the real latents
     (d) R, imagined  as (b), on latents that are imagined under the real actions
-    (e) imagination  return of H steps, by sign, of the policy and of uniformly random actions
+    (e) imagination  choice: one of two actions, H times, from the same state; the correlation of the imagined
+                     difference of rewards (by sign) and of ends with the emulator's, and the share of states
+                     where the two make a difference. A policy learns from such differences alone.
+                     The return of H steps, by sign, of the policy and of uniformly random actions
     (f) real play    the same from the same starts; and the mean return of a whole game, also of a blind player,
                      who draws actions as often as the policy takes them, without looking
 
@@ -52,13 +55,15 @@ SAMPLES = 4  # of imagination from the same start
 
 @dataclass
 class Play:
-    """Recorded play. A row of `pushes` is a slot and two actions; `pushed` has the frames to which they led."""
+    """Recorded play. A row of `pushes` is a slot and two actions, each of which was then taken H times."""
 
     replay: object  # jedi.ReplayBuffer
     ram: torch.Tensor  # [slots, N]
     returns: list  # of whole games
     pushes: torch.Tensor  # [P, 3]
-    pushed: torch.Tensor  # [P, 2, 3, S, S]
+    pushed: torch.Tensor  # [P, 2, 3, S, S] frames after PUSH_STEPS, or of the end before
+    lasted: torch.Tensor  # [P] bool, no end in PUSH_STEPS
+    outcomes: torch.Tensor  # [P, 2, 2] sum of the signs of rewards, and end, in H steps
 
 
 def record(run, choose, num_steps, seed):
@@ -72,16 +77,23 @@ def record(run, choose, num_steps, seed):
     returns = []
     pushes = []
     pushed = []
+    lasted = []
+    outcomes = []
 
     def try_out(action):
-        """Returns the frame after five times the action, or None if the game ends on the way."""
+        """Takes the action H times. Returns the pushed frame, if it came before an end, rewards and end."""
         saved = ale.cloneState()
-        for _ in range(PUSH_STEPS):
-            frame, _, over, _, _ = env.step(action)
-            if over:
+        rewards = 0.0
+        for k in range(run.args.horizon):
+            obs, rew, terminated, truncated, info = env.step(action)
+            if k < PUSH_STEPS:
+                frame = torch.from_numpy(obs)
+            rewards += np.sign(rew)
+            end = terminated or truncated or info["lives"] < lives
+            if end:
                 break
         ale.restoreState(saved)
-        return None if over else torch.from_numpy(frame)
+        return frame, k >= PUSH_STEPS or not end, [rewards, float(end)]
 
     game_over = True
     end = True
@@ -96,10 +108,12 @@ def record(run, choose, num_steps, seed):
             ram.append(ale.getRAM()[addresses])
         if step % PUSH_EVERY == 0:
             pair = rng.choice(env.action_space.n, 2, replace=False)
-            frames = [try_out(int(action)) for action in pair]
-            if frames[0] is not None and frames[1] is not None:
-                pushes.append([replay.size - 1, *pair.tolist()])
-                pushed.append(torch.stack(frames))
+            frame_a, lasted_a, outcome_a = try_out(int(pair[0]))
+            frame_b, lasted_b, outcome_b = try_out(int(pair[1]))
+            pushes.append([replay.size - 1, *pair.tolist()])
+            pushed.append(torch.stack([frame_a, frame_b]))
+            lasted.append(lasted_a and lasted_b)
+            outcomes.append([outcome_a, outcome_b])
         act, state = choose(obs, state)
         obs, rew, terminated, truncated, info = env.step(act)
         game_over = terminated or truncated
@@ -111,7 +125,15 @@ def record(run, choose, num_steps, seed):
         if game_over:
             returns.append(game_return)
     ram = torch.from_numpy(np.array(ram)).float()
-    return Play(replay, ram, returns, torch.tensor(pushes), torch.stack(pushed))
+    return Play(
+        replay=replay,
+        ram=ram,
+        returns=returns,
+        pushes=torch.tensor(pushes),
+        pushed=torch.stack(pushed),
+        lasted=torch.tensor(lasted),
+        outcomes=torch.tensor(outcomes),
+    )
 
 
 def blind_player(replay):
@@ -264,14 +286,28 @@ def measure_imagination(run, play, read, generator):
     slots = play.pushes[:, 0]
     batch = play.replay.sample(slots, L - 1, 0)
     z = encode(agent, batch.obs)
-    ends = []
+    pushed = []
+    outcomes = []
     for i in (1, 2):
-        actions = play.pushes[:, i, None].expand(-1, PUSH_STEPS)
-        rollout = run.source.imagine(agent, z, batch.act, batch.real, PUSH_STEPS, actions)
-        ends.append(rollout.z[:, -1])
-    imagined = ends[0] - ends[1]
-    real = encode(agent, play.pushed[:, 0]) - encode(agent, play.pushed[:, 1])
+        actions = play.pushes[:, i, None].expand(-1, H)
+        total = torch.zeros(len(slots), 2)
+        for _ in range(SAMPLES):
+            rollout = run.source.imagine(agent, z, batch.act, batch.real, H, actions)
+            ended_before = rollout.end.cumsum(1) - rollout.end
+            rewards = torch.where(ended_before == 0, rollout.rew, 0).sum(1)
+            total += torch.stack([rewards, rollout.end.amax(1)], 1)
+        pushed.append(rollout.z[:, L - 1 + min(PUSH_STEPS, H)])
+        outcomes.append(total / SAMPLES)
+    imagined = (pushed[0] - pushed[1])[play.lasted]
+    frames = play.pushed[play.lasted]
+    real = encode(agent, frames[:, 0]) - encode(agent, frames[:, 1])
     result["push"] = ((imagined * real).sum() / real.square().sum()).item()
+    imagined = outcomes[0] - outcomes[1]  # [P, 2]
+    real = play.outcomes[:, 0] - play.outcomes[:, 1]  # [P, 2]
+    correlation = nn.functional.cosine_similarity(imagined, real, dim=0)
+    differ = (real != 0).float().mean(0)
+    for i, kind in enumerate(("rewards", "ends")):
+        result[f"choice of {kind}"] = [correlation[i].item(), differ[i].item()]
     return result
 
 
@@ -325,7 +361,12 @@ def show(run, m):
     for kind in ("rewards", "ends"):
         for k in sorted({1, 3, 6, H}):
             lines.append(f"(d) R, imagined  {kind} {k} steps ahead {three(m[f'imagined {k}'][kind])}")
-    for letter, place in (("(e) imagination ", "imagined"), ("(f) real play   ", "real")):
+    cells = []
+    for kind in ("rewards", "ends"):
+        correlation, differ = m[f"choice of {kind}"]
+        cells.append(f"{kind} {correlation:.2f} (they differ in {differ:.3f} of the states)")
+    lines.append(f"(e) choice       {', '.join(cells)}")
+    for letter, place in (("    imagination ", "imagined"), ("(f) real play   ", "real")):
         cells = []
         for who in ("policy", "uniform"):
             mean, error = m["returns"][f"{who}, {place}"]

@@ -802,6 +802,7 @@ def test_the_chain_is_measured_and_plays_like_the_agent(tmp_path, capsys, monkey
         assert f"({letter}) " in out
     assert json.loads((tmp_path / "chain.json").read_text()) == as_json(numbers)
     assert math.isfinite(numbers["push"])
+    assert abs(numbers["choice of ends"][0]) <= 1
     assert numbers["latents"]["without whole frame"] > numbers["latents"]["without ball"] > 0
     source = evaluate.Run(run_dir, "cpu", 7)
     with torch.no_grad():
@@ -812,6 +813,26 @@ def test_the_chain_is_measured_and_plays_like_the_agent(tmp_path, capsys, monkey
         uniform = functools.partial(source.agent.act, epsilon=1.0)
         undisturbed = chain.record(source, uniform, 150, 7).replay.data["obs"]
     assert torch.equal(pushed, undisturbed)
+
+
+def test_the_outcome_of_a_choice_is_what_the_game_does(tmp_path, monkeypatch):
+    """Who fires all the time gets the rewards and ends that a trial of FIRE had foretold."""
+    _, run_dir = run(tmp_path, env_id="BreakoutNoFrameskip-v4", eval_episodes=1, **CHAIN)
+    monkeypatch.setattr(chain, "PUSH_EVERY", 3)
+    fire = 1
+    play = chain.record(evaluate.Run(run_dir, "cpu", 7), lambda obs, state: (fire, None), 200, 7)
+    data = play.replay.data
+    tried = 0
+    for (slot, *pair), outcomes in zip(play.pushes.tolist(), play.outcomes.tolist()):
+        if fire not in pair or slot + 10 > play.replay.size:
+            continue
+        rew = data["rew"][slot : slot + 10]
+        end = data["end"][slot : slot + 10]
+        ended_before = end.int().cumsum(0) - end.int()
+        assert outcomes[pair.index(fire)] == [rew[ended_before == 0].sum().item(), end.any().item()]
+        tried += 1
+    assert tried > 10
+    assert data["end"].any()
 
 
 def test_a_blind_player_takes_every_action_as_often_as_the_policy():
