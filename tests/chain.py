@@ -81,7 +81,7 @@ def record(run, choose, num_steps, seed):
     outcomes = []
 
     def try_out(action):
-        """Takes the action H times. Returns the pushed frame, if it came before an end, rewards and end."""
+        """Takes the action H times. Returns a frame, whether it came before an end, and [rewards, end]."""
         saved = ale.cloneState()
         rewards = 0.0
         for k in range(run.args.horizon):
@@ -248,6 +248,12 @@ def choose_anchors(replay, horizon, generator):
     return torch.cat([some, before])
 
 
+def imagined_return(rollout):
+    """Sum of the signs of rewards up to the first imagined end, [B]."""
+    ended_before = rollout.end.cumsum(1) - rollout.end
+    return torch.where(ended_before == 0, rollout.rew, 0).sum(1)
+
+
 def measure_imagination(run, play, read, generator):
     """Links (b), (c) and (d)."""
     agent = run.agent
@@ -282,26 +288,30 @@ def measure_imagination(run, play, read, generator):
             errors = [read(samples[0, real, t]) - truth, play.ram[anchors[real]] - truth, read(future) - truth]
             table = torch.stack([error.abs().mean(0) for error in errors])  # [3, K]
             result[f"ram {k}"] = table.T.tolist()
+    return result
 
+
+def measure_pushes(run, play):
+    """Push, of link (c), and choice, of link (e)."""
+    L = run.args.num_conditioning_steps
+    H = run.args.horizon
     slots = play.pushes[:, 0]
     batch = play.replay.sample(slots, L - 1, 0)
-    z = encode(agent, batch.obs)
+    z = encode(run.agent, batch.obs)
     pushed = []
     outcomes = []
     for i in (1, 2):
         actions = play.pushes[:, i, None].expand(-1, H)
         total = torch.zeros(len(slots), 2)
         for _ in range(SAMPLES):
-            rollout = run.source.imagine(agent, z, batch.act, batch.real, H, actions)
-            ended_before = rollout.end.cumsum(1) - rollout.end
-            rewards = torch.where(ended_before == 0, rollout.rew, 0).sum(1)
-            total += torch.stack([rewards, rollout.end.amax(1)], 1)
+            rollout = run.source.imagine(run.agent, z, batch.act, batch.real, H, actions)
+            total += torch.stack([imagined_return(rollout), rollout.end.amax(1)], 1)
         pushed.append(rollout.z[:, L - 1 + min(PUSH_STEPS, H)])
         outcomes.append(total / SAMPLES)
     imagined = (pushed[0] - pushed[1])[play.lasted]
     frames = play.pushed[play.lasted]
-    real = encode(agent, frames[:, 0]) - encode(agent, frames[:, 1])
-    result["push"] = ((imagined * real).sum() / real.square().sum()).item()
+    real = encode(run.agent, frames[:, 0]) - encode(run.agent, frames[:, 1])
+    result = {"push": ((imagined * real).sum() / real.square().sum()).item()}
     imagined = outcomes[0] - outcomes[1]  # [P, 2]
     real = play.outcomes[:, 0] - play.outcomes[:, 1]  # [P, 2]
     correlation = nn.functional.cosine_similarity(imagined, real, dim=0)
@@ -328,9 +338,7 @@ def measure_returns(run, play, uniform):
         if name == "uniform":
             actions = torch.randint(run.env.action_space.n, (len(z), H))
         rollout = run.source.imagine(run.agent, z, batch.act[:, :L], batch.real[:, :L], H, actions)
-        ended_before = rollout.end.cumsum(1) - rollout.end
-        rew = torch.where(ended_before == 0, rollout.rew, 0)
-        result[f"{name}, imagined"] = mean_and_error(rew.sum(1))
+        result[f"{name}, imagined"] = mean_and_error(imagined_return(rollout))
         result[f"{name}, games"] = recording.returns
     return result
 
@@ -405,6 +413,7 @@ def main(argv=None):
     with torch.no_grad():
         numbers["latents"] = measure_latents(run, play)
         numbers |= measure_imagination(run, play, read, generator)
+        numbers |= measure_pushes(run, play)
         numbers["returns"] = measure_returns(run, play, uniform)
         blind = record(run, blind_player(play.replay), given.steps, given.seed + 2)
         numbers["returns"]["blind, games"] = blind.returns
