@@ -199,8 +199,8 @@ def bootstrap(statistic, games, runs, seed):
     """The statistic of runs, one list [n] per game, and its interval under a stratified bootstrap.
 
     A resample draws n runs of each game from its own n. Returns {name: [value, low, high, share]}:
-    the 95 % interval of the resamples in which the statistic is defined, and the share of the others. A
-    value that is undefined is None; so is the interval if some game has a single run.
+    the 95 % interval of the resamples in which the statistic is defined, and the share of the
+    others. A value that is undefined is None; so is the interval if some game has a single run.
     """
     rng = np.random.default_rng(seed)
     draws = []
@@ -269,7 +269,8 @@ def find(path, name):
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise Problem(f"{path}: no such file or folder; give runs, folders of runs or files of scores")
+        remedy = "give runs, folders of runs or files of scores"
+        raise Problem(f"{path}: no such file or folder; {remedy}")
     found = sorted(path.rglob(name))
     for args in path.rglob("args.json"):
         if args.with_name(name) not in found:
@@ -399,7 +400,8 @@ def score(options):
             cells[key] = interval(*values)
             rows[key] = None
             if 0 < values[3] < 1:
-                remarks.append(f"{title}: {key} is undefined in {values[3]:.1%} of resamples, left out")
+                share = f"{values[3]:.1%} of resamples"
+                remarks.append(f"{title}: {key} is undefined in {share}, left out")
         columns.append(cells)
     if options.json:
         print(json.dumps({"scores": scores, "aggregates": results, "remarks": remarks}, indent=1))
@@ -587,7 +589,7 @@ def look(options):
 
 
 def main(argv=None):
-    """Returns the exit code: 0, 2 after a mistake of the user, told in one line, 130 after Ctrl-C."""
+    """Returns the exit code: 0, 2 after a user's mistake, told in one line, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

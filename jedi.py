@@ -2,10 +2,10 @@
 
     python jedi.py --env-id BreakoutNoFrameskip-v4    # preset `paper` on CUDA, `laptop` without
 
-Papers: arXiv 2505.19698 ("Performance Asymmetry in Model-Based RL"), its successor 2605.13013, and
-their parent DIAMOND, 2405.12399. DIAMOND imagines the next frame by diffusion; JEDI imagines the next
-latent. There is no decoder and no reconstruction loss: the encoder learns only from what helps to
-predict the next latent, the reward and the end.
+Papers: arXiv 2505.19698 ("Performance Asymmetry in Model-Based RL"), its successor 2605.13013,
+and their parent DIAMOND, 2405.12399. DIAMOND imagines the next frame by diffusion; JEDI imagines
+the next latent. There is no decoder and no reconstruction loss: the encoder learns only from what
+helps to predict the next latent, the reward and the end.
 
 The loop, in `main`:
 
@@ -35,19 +35,19 @@ Time. The action, its reward and its end belong to the arrow between two frames:
 
     obs[t] --act[t], rew[t], end[t]--> obs[t+1]
 
-A segment has L + H frames around an anchor, a recorded step. Here L = 4 and H = 3, and the anchor is
-the second frame o1 of its episode:
+A segment has L + H frames around an anchor, a recorded step. Here L = 4 and H = 3, and the anchor
+is the second frame o1 of its episode:
 
     index      0    1    2    3    4    5    6
     frame      o0   o0   o0   o1   o2   o3   o4     frames before the episode repeat its first one
     real       -    -    x    x    x    x    x      they are not real, and no loss sees them
-    denoiser   [---- context ---]  next             predicts frame 4 from 0..3, then 5 from 1..4, ...
+    denoiser   [---- context ---]  next             predicts frame 4 from 0..3, 5 from 1..4, ...
     R          predicts rew[t] and end[t] from frame t and act[t], at every real t
     policy     warms up its memory on 0..2, acts at the anchor 3, then in imagined frames 4, 5, 6
 
-A healthy run logs: `error_1` well below 1 (imagination beats "nothing changes"); `rewards_read`, from
-real latents, and then `rewards_found`, from imagined ones, rising towards 1; `change_rms`, how far the
-latent moves in one step, not falling towards 0.
+A healthy run logs: `error_1` well below 1 (imagination beats "nothing changes"); `rewards_read`,
+from real latents, and then `rewards_found`, from imagined ones, rising towards 1; `change_rms`, how
+far the latent moves in one step, not falling towards 0.
 """
 
 import ctypes
@@ -183,9 +183,9 @@ PRESETS["laptop"] = replace(  # an Atari game in half an hour of one core
     first_actor_critic_updates=150,
     actor_critic_updates=30,
 )
-MAY_BE_ZERO = """seed checkpoint_minutes gamma td_lambda ent_coef encoder_lr_scale warmup_updates epsilon
-    first_world_model_updates world_model_updates first_actor_critic_updates actor_critic_updates
-    final_epochs""".split()
+MAY_BE_ZERO = """seed checkpoint_minutes gamma td_lambda ent_coef encoder_lr_scale warmup_updates
+    epsilon first_world_model_updates world_model_updates first_actor_critic_updates
+    actor_critic_updates final_epochs""".split()
 
 
 class UsageError(Exception):
@@ -208,14 +208,16 @@ def check_args(args):
     multiple = 2 * args.num_conditioning_steps
     require(args.image_size % 16 == 0, "image_size", "a multiple of 16")
     require(args.cond_channels % multiple == 0, "cond_channels", f"a multiple of {multiple}")
-    require(args.num_autoregressive_steps <= args.horizon, "num_autoregressive_steps", "at most --horizon")
-    require(args.total_steps >= args.first_collect_steps, "total_steps", "at least --first-collect-steps")
+    fits = args.num_autoregressive_steps <= args.horizon
+    require(fits, "num_autoregressive_steps", "at most --horizon")
+    fits = args.total_steps >= args.first_collect_steps
+    require(fits, "total_steps", "at least --first-collect-steps")
 
 
 # -------------------------------------------------------------------------------------- Environment
 FRAME_SKIP = 4  # [D]
 NOOP_MAX = 30  # [D]
-MAX_STEPS = 27_000  # agent steps of an evaluated game; on Atari this is ALE's limit of 108,000 frames
+MAX_STEPS = 27_000  # agent steps of an evaluated game; on Atari ALE's limit of 108,000 frames
 
 
 class AtariGame(gym.Wrapper):
@@ -242,7 +244,7 @@ class AtariGame(gym.Wrapper):
 
 
 def area_weights(in_size, out_size):
-    """Returns the share of each pixel in each bin [out, in], fractional at edges as in cv2.INTER_AREA."""
+    """Share of each pixel in each bin [out, in], fractional at edges as in cv2.INTER_AREA."""
     edges = torch.linspace(0, in_size, out_size + 1)
     pixels = torch.arange(in_size)
     left = torch.maximum(edges[:-1, None], pixels)
@@ -251,12 +253,12 @@ def area_weights(in_size, out_size):
 
 
 def is_atari(spec):
-    """Tells whether ale_py itself makes the environment. What another module does inside is unknown."""
+    """Tells whether ale_py itself makes the environment. What others do inside is unknown."""
     return str(spec.entry_point).startswith("ale_py")
 
 
 def make_env(env_id, seed, image_size=64):
-    """Makes a seeded environment of frames [3, S, S] and unclipped rewards, or raises UsageError."""
+    """Makes a seeded environment of frames [3, S, S], unclipped rewards, or raises UsageError."""
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
     module, _, name = env_id.rpartition(":")
     try:
@@ -313,16 +315,17 @@ class ReplayBuffer:
 
     def __init__(self, args, device):
         capacity = 2 * args.total_steps + 1
+        S = args.image_size
         self.size = 0
         with device:  # tensors are made there
             self.recency_weights = torch.tensor(args.recency_weights)
             self.data = {
-                "obs": torch.zeros(capacity, 3, args.image_size, args.image_size, dtype=torch.uint8),
+                "obs": torch.zeros(capacity, 3, S, S, dtype=torch.uint8),
                 "act": torch.zeros(capacity, dtype=torch.long),
                 "rew": torch.zeros(capacity),  # its sign
                 "end": torch.zeros(capacity, dtype=torch.bool),
                 "has_act": torch.zeros(capacity, dtype=torch.bool),
-                "first": torch.zeros(capacity, dtype=torch.long),  # slot of the episode's first frame
+                "first": torch.zeros(capacity, dtype=torch.long),  # slot where its episode begins
             }
 
     def start_episode(self, obs):
@@ -343,8 +346,8 @@ class ReplayBuffer:
         self.size += 1
 
     def anchors(self, batch_size):
-        """Draws slots with an action [B]. The recording is cut into equal parts, drawn by recency."""
-        # DEVIATES: uniform over a part's steps; DIAMOND cuts by episodes, then draws episode and step
+        """Draws slots with an action [B]. The recording is cut in equal parts, drawn by recency."""
+        # DEVIATES: uniform over a part's steps; DIAMOND cuts by episodes, draws episode, then step
         has_act = self.data["has_act"][: self.size]
         slots = torch.arange(self.size, device=has_act.device)
         part = slots * len(self.recency_weights) // self.size
@@ -369,7 +372,10 @@ class ReplayBuffer:
         )
 
     def state_dict(self):
-        return {name: values[: self.size].to("cpu", copy=True) for name, values in self.data.items()}
+        recorded = {}
+        for name, values in self.data.items():
+            recorded[name] = values[: self.size].to("cpu", copy=True)
+        return recorded
 
     def load_state_dict(self, state):
         self.size = len(state["obs"])
@@ -437,7 +443,7 @@ class ResBlock(nn.Module):
 
 
 def masked_mean(x, mask):
-    """Mean of x where mask holds, 0 if nowhere. Unlike x[mask].mean() it never waits for the device."""
+    """Mean of x where mask holds, 0 if nowhere. Unlike x[mask].mean() it never waits."""
     return torch.where(mask, x, 0).sum() / mask.sum().clamp(min=1)
 
 
@@ -455,11 +461,12 @@ def bound(z, limit):
 class Encoder(nn.Module):
     """E: frames [..., 3, S, S] -> latents z [..., C, h, w] = C(sigma_data (x - center) / scale).
 
-    x is the output of the network, center its mean over frames, scale a frame's mean distance from center.
+    x is the output of the network, center its mean over frames, scale the mean distance of a frame
+    from center.
     """
 
-    # DEVIATES: published is z = C(x). Then nothing keeps the moving part of x from shrinking, because
-    # a latent that stands still is the easiest to predict. So x is normalised.
+    # DEVIATES: published is z = C(x). Then nothing keeps the moving part of x from shrinking,
+    # because a latent that stands still is the easiest to predict. So x is normalised.
 
     def __init__(self, args):
         super().__init__()
@@ -480,7 +487,7 @@ class Encoder(nn.Module):
         self.register_buffer("scale", torch.ones(()))
 
     def forward(self, obs, real=None):
-        """Normalises by running statistics; with `real` [B, T], in training, by those of the batch."""
+        """Normalises by running statistics; with `real` [B, T], in training, by the batch's own."""
         frames = obs.flatten(0, -4).float() / 255
         x = self.net(frames).contiguous().unflatten(0, obs.shape[:-3])  # [..., C, h, w]
         center = self.center
@@ -492,9 +499,10 @@ class Encoder(nn.Module):
             scale = masked_mean(distance, real).detach()  # []
             self.center.lerp_(center.detach(), 0.1)
             self.scale.lerp_(scale, 0.1)
-            # Forward: divide by the spread of x. Backward: as if divided by the mean of its steps. Else
-            # the loss falls when whatever moves is made smaller, and the latent ends as a still picture
-            step = (x[:, 1:] - x[:, :-1]).square().mean((2, 3, 4)).clamp(min=1e-12).sqrt()  # [B, T-1]
+            # Forward: divide by the spread of x. Backward: as if divided by the mean of its steps.
+            # Else the loss falls when what moves is made smaller, and the latent ends as a still
+            step = (x[:, 1:] - x[:, :-1]).square().mean((2, 3, 4))  # [B, T-1]
+            step = step.clamp(min=1e-12).sqrt()
             motion = masked_mean(step, real[:, 1:] & real[:, :-1])  # []
             scale = scale * (motion / motion.detach())  # the value of scale, the gradient of motion
         z = self.args.sigma_data * (x - center) / scale.clamp(min=1e-6)
@@ -503,7 +511,7 @@ class Encoder(nn.Module):
 
 # --------------------------------------------------------------------------------- Latent diffusion
 def karras_sigmas(n, sigma_min=2e-3, sigma_max=5.0, rho=7.0):
-    """Returns n noise levels from sigma_max to sigma_min, then 0 (Karras et al. 2022, Eq. 5). [D]"""
+    """Returns n noise levels, sigma_max to sigma_min, then 0 (Karras et al. 2022, Eq. 5). [D]"""
     high = sigma_max ** (1 / rho)
     low = sigma_min ** (1 / rho)
     levels = [(high + i / max(1, n - 1) * (low - high)) ** rho for i in range(n)]
@@ -540,7 +548,7 @@ class Denoiser(nn.Module):
         nn.init.zeros_(self.conv_out.weight)
 
     def precondition(self, sigma):
-        """c_in, c_out, c_skip [B, 1, 1, 1], c_noise [B] at sigma [B] (Karras et al. 2022, Table 1)."""
+        """c_in, c_out, c_skip [B, 1, 1, 1], c_noise [B] at sigma [B] (Karras et al., Table 1)."""
         sigma_data = self.args.sigma_data
         s = sigma[:, None, None, None]
         root = (s**2 + sigma_data**2).sqrt()
@@ -551,7 +559,10 @@ class Denoiser(nn.Module):
         return c_in, c_out, c_skip, c_noise
 
     def unet(self, z_in, c_noise, z_hist, act_hist):
-        """F of Karras et al.: z_in [B, C, h, w] is c_in z_noisy; z_hist [B, L, C, h, w], act_hist [B, L]."""
+        """F of Karras et al. at z_in = c_in z_noisy [B, C, h, w].
+
+        The condition is c_noise [B], z_hist [B, L, C, h, w] and act_hist [B, L].
+        """
         angle = 2 * math.pi * c_noise[:, None] * self.fourier  # [B, cond / 2]
         level = torch.cat([angle.cos(), angle.sin()], 1)  # [B, cond]
         actions = self.action_embedding(act_hist).flatten(1)  # [B, cond]
@@ -569,14 +580,15 @@ class Denoiser(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
     def loss(self, z, act, real):
-        """The self-consistency objective of JEDI, on z [B, T, C, h, w], act and real [B, T], T >= L + n.
+        """The self-consistency objective, on z [B, T, C, h, w], act and real [B, T], T >= L + n.
 
-            sum over i < n of || F(c_in sg(z_noisy), context_i) - (sg(z_next) - c_skip sg(z_noisy)) / c_out ||^2
+            sum over i < n of
+            || F(c_in sg(z_noisy), context_i) - (sg(z_next) - c_skip sg(z_noisy)) / c_out ||^2
 
-        z_next is latent L + i, context_i the L latents before it, sg the stop-gradient. The context is
-        not stopped: through it alone the encoder learns. In half of the batches the latents fed on into
-        later contexts are the denoiser's own, as in imagination; these are stopped, too. In the other
-        half they are the encoder's.
+        z_next is latent L + i, context_i the L latents before it, sg the stop-gradient. The context
+        is not stopped: through it alone the encoder learns. In half of the batches the latents fed
+        on into later contexts are the denoiser's own, as in imagination; these are stopped, too. In
+        the other half they are the encoder's.
         """
         L = self.args.num_conditioning_steps
         n = self.args.num_autoregressive_steps
@@ -600,8 +612,9 @@ class Denoiser(nn.Module):
 
     @torch.no_grad()
     def sample(self, z_hist, act_hist, noise):
-        """The next latent [B, C, h, w] from unit noise: Euler steps, no churn (Karras et al., Alg. 2)."""
-        z = self.sigmas[0] * noise  # DEVIATES: DIAMOND begins with unit noise. Then chance varies too little
+        """The next latent [B, C, h, w] from unit noise: Euler steps, no churn (Karras, Alg. 2)."""
+        # DEVIATES: DIAMOND begins with unit noise. Then chance varies too little
+        z = self.sigmas[0] * noise
         for sigma, sigma_next in zip(self.sigmas, self.sigmas[1:]):
             c_in, c_out, c_skip, c_noise = self.precondition(z.new_full(z.shape[:1], sigma))
             output = self.unet(c_in * z, c_noise, z_hist, act_hist)
@@ -610,7 +623,7 @@ class Denoiser(nn.Module):
         return z
 
 
-# ---------------------------------------------------------------------------- Reward and end model R
+# --------------------------------------------------------------------------- Reward and end model R
 class RewardEndModel(nn.Module):
     """R: latent and action -> logits of sign(reward) in {-1, 0, 1} and of end in {0, 1}.
 
@@ -630,7 +643,7 @@ class RewardEndModel(nn.Module):
         for _ in range(args.reward_end_blocks):
             self.blocks.append(ResBlock(width, width, cond))
         self.norm = group_norm(width)
-        # DEVIATES: DIAMOND's LSTMs have biases. Without, inputs of 0, at padding, leave the first state, 0
+        # DEVIATES: DIAMOND's LSTMs have biases. Without, inputs of 0, at padding, keep the state 0
         self.lstm = nn.LSTM(width * side**2, hidden, bias=False, batch_first=True)
         self.head = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, 5))
 
@@ -648,7 +661,7 @@ class RewardEndModel(nn.Module):
 
 # ------------------------------------------------------------------------------------- Actor-critic
 class ActorCritic(nn.Module):
-    """Latents -> logits of the policy, and value. The latents are detached: it never trains the encoder."""
+    """Latents -> logits of the policy, and value. It never trains the encoder."""
 
     def __init__(self, args, num_actions):
         super().__init__()
@@ -708,7 +721,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, obs, state=None, epsilon=0.0):
-        """Plays: a frame [3, S, S] from the environment, LSTM state -> sampled action, new LSTM state."""
+        """Plays: a real frame [3, S, S], LSTM state -> sampled action, new LSTM state."""
         frame = torch.from_numpy(obs).to(self.encoder.center.device)
         z = self.encoder(frame[None, None])  # [1, 1, C, h, w]
         logits, _, state = self.actor_critic(z, None, state)
@@ -730,7 +743,7 @@ class Rollout(NamedTuple):
 
 @torch.no_grad()
 def imagine_step(agent, z_hist, act_hist, given, *policy_state):
-    """One step from the latents z_hist [B, L, C, h, w] and the actions act_hist [B, L-1] between them.
+    """One step from latents z_hist [B, L, C, h, w] and the actions act_hist [B, L-1] between them.
 
     `policy_state` are the two tensors of its LSTM. Returns z_next [B, C, h, w], act [B] and the new
     state. If `given` [B] is not None, it is the action.
@@ -771,7 +784,7 @@ def imagine(agent, z, act, real, horizon, actions=None, step=imagine_step):
     return Rollout(z, real, act[:, L - 1 :], rew, end)
 
 
-# ------------------------------- Losses: tensors in, a loss and its parts out; they never wait for the device
+# --------------------- Losses: tensors in, a loss and its parts out; they never wait for the device
 def world_model_loss(agent, batch):
     """Loss of encoder, denoiser and R on segments of L + H frames. All parts reach the encoder."""
     # DEVIATES: one batch, encoded once, serves denoiser and R; DIAMOND draws one for each
@@ -792,10 +805,10 @@ def world_model_loss(agent, batch):
 
 
 def actor_critic_loss(agent, rollout):
-    """REINFORCE with lambda-returns and a value baseline. After an imagined end there is no loss."""
+    """REINFORCE with lambda-returns and a value baseline. No loss after an imagined end."""
     args = agent.args
     L = args.num_conditioning_steps
-    # DEVIATES: the gradient also flows through the burn-in; DIAMOND stops it at the first imagined step
+    # DEVIATES: the gradient also flows through the burn-in; DIAMOND stops it at the first step
     logits, value, _ = agent.actor_critic(rollout.z, rollout.real)  # [B, L+H, A], [B, L+H]
     logits = logits[:, L - 1 : -1]  # [B, H, A] where actions were taken
     value = value[:, L - 1 :]  # [B, H+1] one more, for the bootstrap
@@ -854,7 +867,7 @@ def compile_losses(agent, batch, starts):
 # ------------------------------------------------------------------------- Measurement, evaluation
 @torch.no_grad()
 def measure(agent, batch):
-    """Holds imagination beside reality, under the real actions, on segments that no update has seen.
+    """Holds imagination beside reality, under the real actions, on segments that no update saw.
 
     error_1, error_H: squared error of the imagined latent, over that of "nothing changes".
     rewards_read, rewards_found: what R expects where a reward came, from real and imagined latents.
@@ -889,7 +902,7 @@ def measure(agent, batch):
 
 @torch.no_grad()
 def evaluate_policy(agent, env_id, num_episodes, seed):
-    """Plays full games, one after the other, with the sampled policy -> the content of result.json."""
+    """Plays full games with the sampled policy -> the content of result.json."""
     torch.manual_seed(seed)
     env = make_env(env_id, seed, agent.args.image_size)
     returns = []
@@ -970,10 +983,13 @@ def optimize(loss, optimizer, scheduler):
 
 
 class RunDir:
-    """<runs-dir>/<env-id>__<exp-name>__<seed>: script, args.json, metrics.jsonl, ckpt.pt, result.json."""
+    """The files of a run: script.py, args.json, metrics.jsonl, ckpt.pt, result.json.
+
+    They lie in <runs-dir>/<env-id>__<exp-name>__<seed>.
+    """
 
     def __init__(self, args):
-        """Creates the directory, or finds its own run there. Raises UsageError if it holds another."""
+        """Creates the directory, or finds its own run there. Raises UsageError for another's."""
         name = f"{args.env_id}__{args.exp_name}__{args.seed}"
         self.path = Path(args.runs_dir, re.sub(r"[^\w.-]", "-", name))
         self.path.mkdir(parents=True, exist_ok=True)
@@ -982,8 +998,11 @@ class RunDir:
         settings = asdict(args)
         for free in ("compile", "runs_dir", "checkpoint_minutes", "track"):  # may change on the way
             del settings[free]
-        files = {"args.json": json.dumps(settings, indent=1), "script.py": Path(__file__).read_text()}
-        for name, text in files.items():  # these two identify the run
+        files = {  # these two identify the run
+            "args.json": json.dumps(settings, indent=1),
+            "script.py": Path(__file__).read_text(),
+        }
+        for name, text in files.items():
             file = self.path / name
             if file.exists() and file.read_text() != text:
                 remedy = "change --exp-name or --seed, or delete the directory"
@@ -1022,13 +1041,14 @@ def progress(count, what, updates_left, losses={}):
             last_print = now
             for name, loss in losses.items():
                 if not math.isfinite(loss):
-                    raise UsageError(f"{name} is {loss} after {what} {i + 1}; lower --learning-rate")
+                    when = f"after {what} {i + 1}"
+                    raise UsageError(f"{name} is {loss} {when}; lower --learning-rate")
             minutes = (now - start) / 60 * (updates_left / (i + 1) - 1)
             print(f"  {what} {i + 1:,}/{count:,}, {minutes:,.1f} min to go", flush=True)
 
 
 def keep_freed_memory():
-    """Tells glibc to keep freed blocks. Else training on a CPU waits for zeroed pages all the time."""
+    """Tells glibc to keep freed blocks. Else training on a CPU waits for zeroed pages."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX
@@ -1042,7 +1062,7 @@ def main(args):
     keep_freed_memory()
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
-    torch.backends.cuda.enable_cudnn_sdp(False)  # its attention refuses 8 channels a head on some cards
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it refuses 8 channels a head on some cards
     torch.backends.cudnn.benchmark = True  # shapes are fixed: try all convolution kernels once
     env = make_env(args.env_id, args.seed, args.image_size)
     L = args.num_conditioning_steps
@@ -1051,25 +1071,27 @@ def main(args):
         device = torch.zeros(1, device=args.device).device
         replay = ReplayBuffer(args, device)
         frames = max(args.batch_size, args.actor_critic_batch_size) * (L + H)
-        torch.empty(frames, 8 * args.encoder_channels[0], args.image_size, args.image_size)  # an update takes more
+        values = 8 * args.encoder_channels[0] * args.image_size**2
+        torch.empty(frames, values)  # an update takes more
         agent = Agent(args, int(env.action_space.n)).to(device)
         run = RunDir(args)
         state = None
         if run.checkpoint.exists():
             state = torch.load(run.checkpoint, map_location="cpu")
     except (OSError, ImportError, RuntimeError, AssertionError, ValueError) as error:
-        flags = "--device, --total-steps, --batch-size, --actor-critic-batch-size, --runs-dir, --track, "
-        flags += "a width or ckpt.pt: "
+        flags = "--device, --total-steps, --batch-size, --actor-critic-batch-size, --runs-dir, "
+        flags += "--track, a width or ckpt.pt: "
         raise UsageError(flags + str(error).splitlines()[0])
     result_file = run.path / "result.json"
     if result_file.exists():
-        print(f"{run.path} has finished; for more steps change --exp-name, for more games see evaluate.py")
+        remedy = "for more steps change --exp-name, for more games see evaluate.py"
+        print(f"{run.path} has finished; {remedy}")
         return json.loads(result_file.read_text())
 
     wm_optimizer, ac_optimizer, wm_scheduler, ac_scheduler = make_optimizers(agent, args)
     to_compile = args.compile and device.type == "cuda"
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # streams, graphs and random numbers are those of the current device
+        torch.cuda.set_device(device)  # streams, graphs and random numbers are the current device's
     wm_loss = world_model_loss
     ac_loss = actor_critic_loss
     step = imagine_step
@@ -1099,7 +1121,8 @@ def main(args):
     num_epochs, wm_updates, ac_updates = count_updates(args)
     updates_left = wm_updates + ac_updates - wm_scheduler.last_epoch - ac_scheduler.last_epoch
     size = sum(parameter.numel() for parameter in agent.parameters())
-    print(f"{run.path}: preset {args.preset} on {device}, {size:,} parameters, {updates_left:,} updates to go")
+    name = f"{run.path}: preset {args.preset} on {device}"
+    print(f"{name}, {size:,} parameters, {updates_left:,} updates to go")
     last_save = time.time()
     game_over = True  # a resumed run begins a new game, for the emulator's state is not kept
     end = True  # of the learning episode

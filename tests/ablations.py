@@ -1,14 +1,18 @@
 """Which part of the world model does the work? Every variant is jedi.py with one change.
 
-    python tests/ablations.py --out results/ablations.json                       # all variants, seeds 1 2
-    python tests/ablations.py --variants full frozen --seeds 1                   # a look
-    python tests/ablations.py --plot results/ablations.json results/ablations.png  # needs matplotlib
+    # all variants, seeds 1 2
+    python tests/ablations.py --out results/ablations.json
+    # a look
+    python tests/ablations.py --variants full frozen --seeds 1
+    # needs matplotlib
+    python tests/ablations.py --plot results/ablations.json results/ablations.png
 
-A variant trains its world model alone on recorded random play. The yardsticks do not depend on the units
-of the latent. They are taken on held-out play, in imagination under the real actions:
+A variant trains its world model alone on recorded random play. The yardsticks do not depend on the
+units of the latent. They are taken on held-out play, in imagination under the real actions:
 
-    state right     share of cells read exactly right (paddle, ball row, ball column), 1 and 5 steps ahead;
-                    a linear map, fitted on real latents, reads them; guessing gives an eighth
+    state right     share of cells read exactly right (paddle, ball row, ball column), 1 and 5
+                    steps ahead; a linear map, fitted on real latents, reads them; guessing gives
+                    an eighth
     paddle 5        the paddle's share alone, 5 steps ahead
     catches found   probability that R gives to the catches, in the step in which they really happen
     misses found    the same for near misses: the ball falls beside the paddle
@@ -37,7 +41,7 @@ NORMALISED = "z = self.args.sigma_data * (x - center) / scale.clamp(min=1e-6)"
 
 
 class Variant:
-    """A change of jedi.py: texts that are replaced, each of which must occur exactly once, and flags."""
+    """A change of jedi.py: texts to replace, each of which must occur exactly once, and flags."""
 
     def __init__(self, about, *replacements, **flags):
         self.about = about
@@ -58,7 +62,8 @@ VARIANTS = {
         (
             "    denoising_loss = agent.denoiser.loss(z, batch.act, batch.real)\n",
             "    with torch.no_grad():\n"
-            "        for slow, fast in zip(agent.slow[0].parameters(), agent.encoder.parameters()):\n"
+            "        for slow, fast in zip("
+            "agent.slow[0].parameters(), agent.encoder.parameters()):\n"
             "            slow.lerp_(fast, 0.01)\n"
             "        agent.denoiser.target = agent.slow[0](batch.obs, batch.real)\n"
             "    denoising_loss = agent.denoiser.loss(z, batch.act, batch.real)\n",
@@ -70,12 +75,22 @@ VARIANTS = {
     "no switching, no bound": Variant("and C(z) = z", NEVER, NO_BOUND),
     "mse predictor": Variant(
         "the next latent by regression: zeros in the place of the noised latent, one call a step",
-        ("z_noisy = z_next + sigma[:, None, None, None] * torch.randn_like(z_next)", "z_noisy = 0 * z_next"),
-        ("target = (z_next - c_skip * z_noisy) / c_out", "target = z_next\n            c_out = 1.0"),
-        ("c_noise = sigma.log() / 4", "c_noise = 0 * sigma"),
-        ("for sigma, sigma_next in zip(self.sigmas, self.sigmas[1:]):", "for sigma, sigma_next in []:"),
         (
-            "            z = z + (sigma_next - sigma) * ((z - denoised) / sigma)\n        return z\n",
+            "z_noisy = z_next + sigma[:, None, None, None] * torch.randn_like(z_next)",
+            "z_noisy = 0 * z_next",
+        ),
+        (
+            "target = (z_next - c_skip * z_noisy) / c_out",
+            "target = z_next\n            c_out = 1.0",
+        ),
+        ("c_noise = sigma.log() / 4", "c_noise = 0 * sigma"),
+        (
+            "for sigma, sigma_next in zip(self.sigmas, self.sigmas[1:]):",
+            "for sigma, sigma_next in []:",
+        ),
+        (
+            "            z = z + (sigma_next - sigma) * ((z - denoised) / sigma)\n"
+            "        return z\n",
             "            z = z + (sigma_next - sigma) * ((z - denoised) / sigma)\n"
             "        z = self.unet(0 * z, 0 * z[:, 0, 0, 0], z_hist, act_hist)\n"
             "        return bound(z, self.args.latent_bound)\n",
@@ -83,11 +98,17 @@ VARIANTS = {
     ),
     "no diffusion gradient": Variant(
         "the encoder learns from reward and end alone",
-        ("latents = list(z.unbind(1))  # [B, C, h, w] each", "latents = list(z.detach().unbind(1))"),
+        (
+            "latents = list(z.unbind(1))  # [B, C, h, w] each",
+            "latents = list(z.detach().unbind(1))",
+        ),
     ),
     "no reward gradient": Variant(
         "the encoder learns from the diffusion loss alone",
-        ("agent.reward_end(z, batch.act, batch.has_act)\n    rew_class", "agent.reward_end(z.detach(), batch.act, batch.has_act)\n    rew_class"),
+        (
+            "agent.reward_end(z, batch.act, batch.has_act)\n    rew_class",
+            "agent.reward_end(z.detach(), batch.act, batch.has_act)\n    rew_class",
+        ),
     ),
     "frozen": Variant("the encoder stays as it was initialised", encoder_lr_scale=0.0),
     "plain batch norm": Variant(
@@ -131,7 +152,10 @@ def record(jedi, args, num_steps, seed):
 
 
 def read_screen(obs):
-    """Frames [N, 3, 32, 32] of Catch -> paddle column, ball row, ball column [N, 3]; -1 where hidden."""
+    """Frames [N, 3, 32, 32] of Catch -> paddle column, ball row, ball column [N, 3].
+
+    What is hidden is -1.
+    """
     cells = obs[:, :, 1::4, 1::4].int()  # [N, 3, 8, 8]
     is_paddle = cells[:, 2, 7] == 240  # [N, 8]
     middle = is_paddle.float() @ torch.arange(8.0) / 3
@@ -148,7 +172,7 @@ def encode(agent, obs):
 
 
 def fit_reader(agent, replay):
-    """Fits a ridge regression from latents to the cells of the screen. Returns a function z -> [N, 3]."""
+    """Fits a ridge regression from latents to screen cells. Returns a function z -> [N, 3]."""
     obs = replay.data["obs"][: replay.size]
     truth = read_screen(obs)
     known = (truth >= 0).all(1)
@@ -213,13 +237,20 @@ def run(name, seed, env_id, updates, frames):
     replay = record(jedi, args, frames, seed)
     start = time.time()
     for _ in range(updates):
-        batch = replay.sample(replay.anchors(args.batch_size), args.num_conditioning_steps - 1, args.horizon)
+        anchor = replay.anchors(args.batch_size)
+        batch = replay.sample(anchor, args.num_conditioning_steps - 1, args.horizon)
         loss, _ = jedi.world_model_loss(agent, batch)
         jedi.optimize(loss, optimizer, scheduler)
     minutes = (time.time() - start) / 60
     fit = record(jedi, args, 2000, 1000 + seed)
     held_out = record(jedi, args, 1500, 2000 + seed)
-    about = {"variant": name, "seed": seed, "env_id": env_id, "updates": updates, "minutes": minutes}
+    about = {
+        "variant": name,
+        "seed": seed,
+        "env_id": env_id,
+        "updates": updates,
+        "minutes": minutes,
+    }
     return about | measure(jedi, agent, fit, held_out)
 
 
@@ -251,18 +282,24 @@ def plot(runs, path):
         axes.set(title=key, yticks=range(len(names)), yticklabels=names, xlim=(0, 1))
         axes.grid(alpha=0.3)
     axes.invert_yaxis()
-    figure.suptitle(f"{runs[0]['env_id']}, {runs[0]['updates']} updates of the world model; a dot is a seed")
+    about = f"{runs[0]['env_id']}, {runs[0]['updates']} updates of the world model"
+    figure.suptitle(f"{about}; a dot is a seed")
     figure.savefig(path, dpi=110)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_it_is = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--env-id", default="tests.toy:NoisyCatch-v0")
     parser.add_argument("--updates", type=int, default=400)
     parser.add_argument("--frames", type=int, default=3000)
-    parser.add_argument("--out", type=Path, help="JSON; runs that it holds already are not repeated")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="JSON; runs that it holds already are not repeated",
+    )
     parser.add_argument("--plot", nargs=2, type=Path, metavar=("JSON", "PNG"))
     given = parser.parse_args()
     if given.plot:
@@ -276,7 +313,8 @@ def main():
             if any(run["variant"] == name and run["seed"] == seed for run in runs):
                 continue
             runs.append(run(name, seed, given.env_id, given.updates, given.frames))
-            print(f"{name}, seed {seed}: " + ", ".join(f"{key} {runs[-1][key]:.3f}" for key in SHOWN), flush=True)
+            shown = ", ".join(f"{key} {runs[-1][key]:.3f}" for key in SHOWN)
+            print(f"{name}, seed {seed}: {shown}", flush=True)
             if given.out:
                 given.out.write_text(json.dumps(runs, indent=1))
     print(table(runs))

@@ -1,29 +1,35 @@
-"""Where does an Atari run break? Measures the chain from frames to play, link by link, on fresh play.
+"""Where does an Atari run break? Measures the chain from frames to play, on fresh play.
 
-    python tests/chain.py runs/BreakoutNoFrameskip-v4__jedi__1             # a few minutes of one core
-    python tests/chain.py runs/<run> --out chain.json                      # the numbers, too
+    python tests/chain.py runs/BreakoutNoFrameskip-v4__jedi__1       # a few minutes of one core
+    python tests/chain.py runs/<run> --out chain.json                # the numbers, too
 
 The first link that breaks is the one to mend:
 
-    (a) latents      how far they spread, how far they move in one step, and how far they move when a part
-                     of the frame is painted over with the game's median frame
-    (b) R, real      area under the ROC curve (AUC) of what R expects from real latents, and its mean
-                     expectation where a reward or an end came, and where none came
-    (c) imagined     squared error under the real actions over that of "nothing changes", of one sample and of
-                     the mean of all samples: where the game is random, a sample is as wrong as chance, twice.
-                     push: two different actions, five times each, from the same state; the slope of the
-                     imagined difference of latents on the emulator's. 1 is right, 0: actions mean nothing.
-                     What the emulator's RAM knows (Breakout, Boxing), read from latents by a small network:
-                     its error from imagined latents / if nothing changes / from the real latents
+    (a) latents      how far they spread, how far they move in one step, and how far they move when
+                     a part of the frame is painted over with the game's median frame
+    (b) R, real      area under the ROC curve (AUC) of what R expects from real latents, and its
+                     mean expectation where a reward or an end came, and where none came
+    (c) imagined     squared error under the real actions over that of "nothing changes", of one
+                     sample and of the mean of all samples: where the game is random, a sample is
+                     as wrong as chance, twice.
+                     push: two different actions, five times each, from the same state; the slope
+                     of the imagined difference of latents on the emulator's. 1 is right, 0: actions
+                     mean nothing.
+                     What the emulator's RAM knows (Breakout, Boxing), read from latents by a small
+                     network: its error from imagined latents / if nothing changes / from the real
+                     latents
     (d) R, imagined  as (b), on latents that are imagined under the real actions
-    (e) imagination  choice: one of two actions, H times, from the same state; the correlation of the imagined
-                     difference of rewards (by sign) and of ends with the emulator's, and the share of states
-                     where the two make a difference. A policy learns from such differences alone.
+    (e) imagination  choice: one of two actions, H times, from the same state; the correlation of
+                     the imagined difference of rewards (by sign) and of ends with the emulator's,
+                     and the share of states where the two make a difference. A policy learns from
+                     such differences alone.
                      The return of H steps, by sign, of the policy and of uniformly random actions
-    (f) real play    the same from the same starts; and the mean return of a whole game, also of a blind player,
-                     who draws actions as often as the policy takes them, without looking
+    (f) real play    the same from the same starts; and the mean return of a whole game, also of a
+                     blind player, who draws actions as often as the policy takes them, without
+                     looking
 
-Links (c) and (d) over the updates of a run are error_1, error_H, rewards_read and rewards_found in its metrics.jsonl.
+Links (c) and (d) over the updates of a run are error_1, error_H, rewards_read and rewards_found in
+its metrics.jsonl.
 """
 
 import argparse
@@ -55,7 +61,7 @@ SAMPLES = 4  # of imagination from the same start
 
 @dataclass
 class Play:
-    """Recorded play. A row of `pushes` is a slot and two actions, each of which was then taken H times."""
+    """Recorded play. A row of `pushes` is a slot and two actions, each then taken H times."""
 
     replay: object  # jedi.ReplayBuffer
     ram: torch.Tensor  # [slots, N]
@@ -81,7 +87,7 @@ def record(run, choose, num_steps, seed):
     outcomes = []
 
     def try_out(action):
-        """Takes the action H times. Returns a frame, whether it came before an end, and [rewards, end]."""
+        """Takes the action H times. Returns a frame, if it came before an end, [rewards, end]."""
         saved = ale.cloneState()
         rewards = 0.0
         for k in range(run.args.horizon):
@@ -137,7 +143,7 @@ def record(run, choose, num_steps, seed):
 
 
 def blind_player(replay):
-    """Returns a player who draws actions as often as they occur in the recording, without looking."""
+    """Returns a player who draws actions as often as the recording has them, without looking."""
     taken = replay.data["act"][replay.data["has_act"]]
     counts = torch.bincount(taken).float()
 
@@ -236,7 +242,7 @@ def expectations(logits, batch, t):
 
 
 def choose_anchors(replay, horizon, generator):
-    """Random steps, and up to 256 steps from which a reward or an end is at most `horizon` steps away."""
+    """Random steps, and up to 256 steps with a reward or an end at most `horizon` steps away."""
     last = replay.size - horizon - 1
     has_act = torch.nonzero(replay.data["has_act"][:last]).squeeze(1)
     some = has_act[torch.randperm(len(has_act), generator=generator)[:512]]
@@ -263,9 +269,10 @@ def measure_imagination(run, play, read, generator):
     batch = play.replay.sample(anchors, L - 1, H)
     z = encode(agent, batch.obs)  # [B, L+H, C, h, w]
     actions = batch.act[:, L - 1 : -1]
+    starts = (z[:, :L], batch.act[:, :L], batch.real[:, :L])
     samples = []
     for _ in range(SAMPLES):
-        rollout = run.source.imagine(agent, z[:, :L], batch.act[:, :L], batch.real[:, :L], H, actions)
+        rollout = run.source.imagine(agent, *starts, H, actions)
         samples.append(rollout.z)
     samples = torch.stack(samples)  # [SAMPLES, B, L+H, C, h, w]
     from_real = agent.reward_end(z, batch.act, batch.has_act)
@@ -285,8 +292,8 @@ def measure_imagination(run, play, read, generator):
         if read:
             slots = anchors[real] + k
             truth = play.ram[slots]
-            errors = [read(samples[0, real, t]) - truth, play.ram[anchors[real]] - truth, read(future) - truth]
-            table = torch.stack([error.abs().mean(0) for error in errors])  # [3, K]
+            guesses = [read(samples[0, real, t]), play.ram[anchors[real]], read(future)]
+            table = torch.stack([(guess - truth).abs().mean(0) for guess in guesses])  # [3, K]
             result[f"ram {k}"] = table.T.tolist()
     return result
 
@@ -322,7 +329,7 @@ def measure_pushes(run, play):
 
 
 def measure_returns(run, play, uniform):
-    """Links (e) and (f): returns of H steps from the same starts, the policy's and of uniform actions."""
+    """Links (e) and (f): returns of H steps from the same starts, by policy and uniform actions."""
     L = run.args.num_conditioning_steps
     H = run.args.horizon
     result = {}
@@ -351,7 +358,8 @@ def show(run, m):
         return f"AUC {auc:.2f} ({came:.3f} where it came, {elsewhere:.3f} elsewhere)"
 
     H = run.args.horizon
-    lines = [f"{m['run']}: {m['updates']} updates of the world model, {m['rewards']} rewards in {m['steps']} steps"]
+    seen = f"{m['rewards']} rewards in {m['steps']} steps"
+    lines = [f"{m['run']}: {m['updates']} updates of the world model, {seen}"]
     latent = ", ".join(f"{name} {value:.3f}" for name, value in m["latents"].items())
     lines.append(f"(a) latents      {latent}")
     for kind in ("rewards", "ends"):
@@ -360,7 +368,8 @@ def show(run, m):
     shown = "/".join(str(k) for k in steps)
     sample = "/".join(f"{m[f'error {k}'][0]:.2f}" for k in steps)
     mean = "/".join(f"{m[f'error {k}'][1]:.2f}" for k in steps)
-    lines.append(f"(c) imagined     error {sample}, of the mean {mean} at {shown} steps; push {m['push']:.2f}")
+    error = f"error {sample}, of the mean {mean} at {shown} steps"
+    lines.append(f"(c) imagined     {error}; push {m['push']:.2f}")
     for i, name in enumerate(names_of(run.args.env_id, RAM)):
         cells = []
         for k in steps:
@@ -368,7 +377,8 @@ def show(run, m):
         lines.append(f"                 {name} {', '.join(cells)} at {shown} steps")
     for kind in ("rewards", "ends"):
         for k in sorted({1, 3, 6, H}):
-            lines.append(f"(d) R, imagined  {kind} {k} steps ahead {three(m[f'imagined {k}'][kind])}")
+            found = three(m[f"imagined {k}"][kind])
+            lines.append(f"(d) R, imagined  {kind} {k} steps ahead {found}")
     cells = []
     for kind in ("rewards", "ends"):
         correlation, differ = m[f"choice of {kind}"]
@@ -384,14 +394,16 @@ def show(run, m):
         games = m["returns"][f"{who}, games"]
         if len(games) > 1:
             mean, error = mean_and_error(torch.tensor(games))
-            lines.append(f"                 whole games, {who}: {mean:.2f} +- {error:.2f} ({len(games)})")
+            score = f"{mean:.2f} +- {error:.2f} ({len(games)})"
+            lines.append(f"                 whole games, {who}: {score}")
     return "\n".join(lines)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_it_is = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--steps", type=int, default=5_000, help="of held-out play, and as many at random")
+    parser.add_argument("--steps", type=int, default=5_000, help="of play, and as many at random")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON lines, to which the numbers are appended")
     given = parser.parse_args(argv)

@@ -1,11 +1,14 @@
-"""For the first person with a CUDA card: does it run, how fast is it, does it learn? Ten minutes, one command.
+"""For the first person with a CUDA card: does it run, how fast is it, does it learn?
+
+Ten minutes, one command:
 
     python tests/gpu_smoke.py                       # ends with a paragraph to paste into a report
     python tests/gpu_smoke.py --minutes 20 --device cuda:1
 
-The stages: the benchmark of the preset `paper`, compiled; a game of NoisyCatch learned by `small`, compiled; the
-tests; the benchmark without compilation. What is known is in gpu_smoke.json after every stage, so that it may be
-stopped at any time. A stage that finds no time is left out, and one that does not end in time is stopped.
+The stages: the benchmark of the preset `paper`, compiled; a game of NoisyCatch learned by `small`,
+compiled; the tests; the benchmark without compilation. What is known is in gpu_smoke.json after
+every stage, so that it may be stopped at any time. A stage that finds no time is left out, and one
+that does not end in time is stopped.
 """
 
 import argparse
@@ -27,11 +30,20 @@ QUIET = 5  # seconds without a line, after which the time is printed
 
 
 def run_stage(name, words, seconds):
-    """Runs python with these words, shows what it prints -> {"seconds", "exit": code or "stopped", "lines"}."""
+    """Runs python with these words and shows what it prints.
+
+    Returns {"seconds", "exit": code or "stopped", "lines"}.
+    """
     print(f"== {name}, at most {seconds:.0f} s: python {' '.join(words)}", flush=True)
     start = time.monotonic()
     command = [sys.executable, "-u", *words]
-    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    child = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     arrived = queue.Queue()
 
     def listen():
@@ -81,13 +93,16 @@ def summary(report):
         hours = find(stage, r"^a whole run +([\d.,]+) hours")
         memory = find(stage, r"^peak memory +([\d.,]+) GiB")
         sentences.append(
-            f"Preset {report['preset']}, {name}: world-model update {world_model} ms, actor-critic update"
-            f" {actor_critic} ms, a whole run about {hours} hours, peak {memory} GiB."
+            f"Preset {report['preset']}, {name}: world-model update {world_model} ms,"
+            f" actor-critic update {actor_critic} ms,"
+            f" a whole run about {hours} hours, peak {memory} GiB."
         )
     if "learning" in report["stages"]:
         stage = report["stages"]["learning"]
         score = find(stage, r"mean return (-?[\d.]+)")
-        sentences.append(f"NoisyCatch by `small`: {score} (learned: 8; random: -0.4) in {stage['seconds']} s.")
+        sentences.append(
+            f"NoisyCatch by `small`: {score} (learned: 8; random: -0.4) in {stage['seconds']} s."
+        )
     tests = report["stages"].get("tests", {})
     last = tests["lines"][-1] if tests.get("lines") else "not run"
     sentences.append(f"Tests: {last.strip('= ')}.")
@@ -98,7 +113,8 @@ def summary(report):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_it_is = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--preset", default="paper", help="of the benchmarks")
@@ -118,10 +134,10 @@ def main(argv=None):
     }
     runs = tempfile.mkdtemp()
     benchmark = ["tests/benchmark.py", "--preset", given.preset, "--device", given.device]
-    game = ["jedi.py", "--env-id", "tests.toy:NoisyCatch-v0", "--preset", "small", "--device", given.device]
+    game = ["jedi.py", "--env-id", "tests.toy:NoisyCatch-v0", "--preset", "small"]
     stages = {
         "compiled": [*benchmark, "--compile"],
-        "learning": [*game, "--runs-dir", runs],
+        "learning": [*game, "--device", given.device, "--runs-dir", runs],
         "tests": ["-m", "pytest", "tests", "-q"],
         "eager": [*benchmark, "--no-compile"],
     }

@@ -1,7 +1,7 @@
 """Tests of evaluate.py.
 
-diamond_seeds.json is results/data/DIAMOND.json of eloialonso/diamond (MIT), five seeds per game; IRIS is
-results/data/IRIS.json of eloialonso/iris.
+diamond_seeds.json is results/data/DIAMOND.json of eloialonso/diamond (MIT), five seeds per game;
+IRIS is results/data/IRIS.json of eloialonso/iris.
 """
 
 import itertools
@@ -27,20 +27,33 @@ SEEDS = json.loads(SEEDS_FILE.read_text())
 GAMES = list(ev.SCORES)
 AGENT = [game for game in GAMES if ev.HALVES[game] == "agent"]
 IRIS = {
-    "Alien": [368.7, 452.5, 437.2, 331.7, 510], "Amidar": [196.0, 126, 164.9, 162.9, 65.1],
-    "Assault": [1481.3, 928.1, 1121.8, 1556.0, 2534.8], "Asterix": [762.5, 1114, 1082, 716.5, 593],
-    "BankHeist": [42.2, 48.8, 68.4, 46.4, 59.6], "BattleZone": [16990, 14570, 11300, 10070, 12440],
-    "Boxing": [86.2, 49.3, 55.8, 83.5, 75.5], "Breakout": [104.6, 85.6, 69.7, 70.3, 88.1],
-    "ChopperCommand": [1150, 1276, 1659, 2162, 1578], "CrazyClimber": [64101, 66127, 62740, 77066, 26587],
-    "DemonAttack": [905, 2011.9, 2888.5, 2613.4, 1753], "Freeway": [30.9, 31.5, 30.5, 30.8, 31.6],
-    "Frostbite": [274.3, 250.0, 295, 250, 226.3], "Gopher": [2987.2, 2476.8, 3110.4, 1171.4, 1434.8],
-    "Hero": [6916.2, 6933.9, 6740.6, 7881.6, 6714.7], "Jamesbond": [487.5, 394, 486, 464, 482],
-    "Kangaroo": [2249, 732, 750, 90, 370], "Krull": [6047.4, 7364.8, 4980.6, 6006.3, 8683],
-    "KungFuMaster": [7301, 15949, 34406, 14372, 36771], "MsPacman": [1251.6, 941.5, 590.3, 770.8, 1441.1],
-    "Pong": [19.3, 18.5, 16.6, 6.2, 12.4], "PrivateEye": [100, 100, 100, 100, 100],
-    "Qbert": [853, 575, 790.2, 1027.2, 483.2], "RoadRunner": [11355, 2033, 17106, 7614, 9965],
-    "Seaquest": [752.2, 855.8, 691, 386, 621.6], "UpNDown": [3793, 5367.5, 2943.7, 3637.9, 1988.9],
-}  # fmt: skip
+    "Alien": [368.7, 452.5, 437.2, 331.7, 510],
+    "Amidar": [196.0, 126, 164.9, 162.9, 65.1],
+    "Assault": [1481.3, 928.1, 1121.8, 1556.0, 2534.8],
+    "Asterix": [762.5, 1114, 1082, 716.5, 593],
+    "BankHeist": [42.2, 48.8, 68.4, 46.4, 59.6],
+    "BattleZone": [16990, 14570, 11300, 10070, 12440],
+    "Boxing": [86.2, 49.3, 55.8, 83.5, 75.5],
+    "Breakout": [104.6, 85.6, 69.7, 70.3, 88.1],
+    "ChopperCommand": [1150, 1276, 1659, 2162, 1578],
+    "CrazyClimber": [64101, 66127, 62740, 77066, 26587],
+    "DemonAttack": [905, 2011.9, 2888.5, 2613.4, 1753],
+    "Freeway": [30.9, 31.5, 30.5, 30.8, 31.6],
+    "Frostbite": [274.3, 250.0, 295, 250, 226.3],
+    "Gopher": [2987.2, 2476.8, 3110.4, 1171.4, 1434.8],
+    "Hero": [6916.2, 6933.9, 6740.6, 7881.6, 6714.7],
+    "Jamesbond": [487.5, 394, 486, 464, 482],
+    "Kangaroo": [2249, 732, 750, 90, 370],
+    "Krull": [6047.4, 7364.8, 4980.6, 6006.3, 8683],
+    "KungFuMaster": [7301, 15949, 34406, 14372, 36771],
+    "MsPacman": [1251.6, 941.5, 590.3, 770.8, 1441.1],
+    "Pong": [19.3, 18.5, 16.6, 6.2, 12.4],
+    "PrivateEye": [100, 100, 100, 100, 100],
+    "Qbert": [853, 575, 790.2, 1027.2, 483.2],
+    "RoadRunner": [11355, 2033, 17106, 7614, 9965],
+    "Seaquest": [752.2, 855.8, 691, 386, 621.6],
+    "UpNDown": [3793, 5367.5, 2943.7, 3637.9, 1988.9],
+}
 
 
 def at_hns(hns):
@@ -60,7 +73,8 @@ def summary(scores, seed=0):
 def values(scores):
     """{aggregate: value}, None where undefined."""
     single = {}
-    for name, point in ev.aggregates(list(scores), [np.array([x]) for x in scores.values()]).items():
+    runs = [np.array([x]) for x in scores.values()]
+    for name, point in ev.aggregates(list(scores), runs).items():
         single[name] = float(point[0]) if np.isfinite(point[0]) else None
     return single
 
@@ -85,7 +99,10 @@ def run(*arguments):
 
 
 def failure(capsys, *arguments):
-    """Runs a command that must fail as the user should see it: code 2, one line `error: ...`, no more."""
+    """Runs a command that must fail as the user should see it.
+
+    That is code 2 and one line `error: ...`, no more.
+    """
     assert run(*arguments) == 2
     out, err = capsys.readouterr()
     lines = [line for line in err.splitlines() if not line.startswith("note:")]
@@ -127,7 +144,8 @@ def test_published_means(name, mean, superhuman):
 
 def test_published_halves_of_diamond():
     found = values(published("DIAMOND"))
-    for name, value in {"agent_optimal": 2.791, "human_optimal": 0.127, "harmonic_hns": 0.319}.items():
+    golden = {"agent_optimal": 2.791, "human_optimal": 0.127, "harmonic_hns": 0.319}
+    for name, value in golden.items():
         assert found[name] == pytest.approx(value, abs=5e-4)
 
 
@@ -224,13 +242,24 @@ def test_some_undefined_resamples_leave_an_interval_of_the_others_and_a_remark(t
 
 
 # ---------------------------------------------------------------- two methods
-# rliable 1.2.0 on DIAMOND[:n] against IRIS: get_interval_estimates with 20,000 (aggregates) and 1,000 (P) resamples
+# rliable 1.2.0 on DIAMOND[:n] against IRIS: get_interval_estimates with 20,000 (aggregates) and
+# 1,000 (P) resamples
 RLIABLE = {
-    5: {"mean": (0.4131, 0.2831, 0.5482), "median": (0.0846, -0.0599, 0.1989), "iqm": (0.1396, 0.0511, 0.2281),
-        "optimality_gap": (-0.0315, -0.0578, -0.0057), "P(A > B)": (0.6662, 0.6177, 0.7116)},
-    3: {"mean": (0.3693, 0.2508, 0.4889), "median": (0.1176, -0.0543, 0.2672), "iqm": (0.1613, 0.0714, 0.2513),
-        "optimality_gap": (-0.0361, -0.0654, -0.0072), "P(A > B)": (0.6859, 0.6282, 0.7436)},
-}  # fmt: skip
+    5: {
+        "mean": (0.4131, 0.2831, 0.5482),
+        "median": (0.0846, -0.0599, 0.1989),
+        "iqm": (0.1396, 0.0511, 0.2281),
+        "optimality_gap": (-0.0315, -0.0578, -0.0057),
+        "P(A > B)": (0.6662, 0.6177, 0.7116),
+    },
+    3: {
+        "mean": (0.3693, 0.2508, 0.4889),
+        "median": (0.1176, -0.0543, 0.2672),
+        "iqm": (0.1613, 0.0714, 0.2513),
+        "optimality_gap": (-0.0361, -0.0654, -0.0072),
+        "P(A > B)": (0.6859, 0.6282, 0.7436),
+    },
+}
 
 
 @pytest.mark.parametrize("seeds", RLIABLE)
@@ -244,8 +273,8 @@ def test_comparison_agrees_with_rliable(seeds):
 def test_comparison_has_its_closed_form():
     """One game, two seeds each: the mean of a resample is that of one seed with probability 1/4.
 
-    So the lowest and the highest difference of two such means have probability 1/16, more than 2.5 %: they
-    are the ends of the interval.
+    So the lowest and the highest difference of two such means have probability 1/16, more than
+    2.5 %: they are the ends of the interval.
     """
     found = compared({"Catch": [1.0, 3.0]}, {"Catch": [0.0, 1.0]})
     assert list(found) == ["Catch", "P(A > B)"]
@@ -270,7 +299,10 @@ def test_compare_command(tmp_path, capsys, few_resamples):
 
 
 def test_a_hundred_seeds_need_little_memory(few_resamples):
-    """300 resamples of all pairs, 100 x 100 in each of 26 games, would be 78 MB of truth values at once."""
+    """300 resamples of all pairs would be 78 MB of truth values at once.
+
+    The pairs are 100 x 100 in each of 26 games.
+    """
     rng = np.random.default_rng(0)
     scores = {game: rng.normal(size=100).tolist() for game in GAMES}
     tracemalloc.start()
@@ -316,7 +348,15 @@ def rows_of(path):
     return found
 
 
-SPELLINGS = ["{}", "{}NoFrameskip-v4", "{}Deterministic-v4", "ALE/{}-v5", "{}-v4", "atari_{}", "atari100k_{}"]
+SPELLINGS = [
+    "{}",
+    "{}NoFrameskip-v4",
+    "{}Deterministic-v4",
+    "ALE/{}-v5",
+    "{}-v4",
+    "atari_{}",
+    "atari100k_{}",
+]
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -339,7 +379,7 @@ NAMES = [
 
 @pytest.mark.parametrize("env_id, recorded, name, hns", NAMES)
 def test_human_scores_are_those_of_ale_pys_games(env_id, recorded, name, hns, write, capsys):
-    """Older files do not say who made the environment: then an id that names a module is not ale_py's."""
+    """Older files do not say who made the environment: then an id with a module is not ale_py's."""
     content = result(env_id=env_id) | recorded
     assert run(write("run/result.json", content)) == 0
     rows = cells(capsys.readouterr().out)
@@ -362,8 +402,14 @@ def test_runs_of_an_experiment_are_a_method_and_unfinished_ones_are_said(write, 
 
 TABLES = {
     "plain": "game,seed,score\nPong,1,20\nPong,2,18.5\nms_pacman,1,900\n",
-    "other order, case, columns": "Score, Game,steps,SEED\n20,Pong,9,a\n18.5,Pong,9,b\n900,MsPacman,9,a\n",
-    "byte order mark, quotes": '\ufeffgame,seed,score\r\n"Pong",1,20\r\n"Pong",2,18.5\r\n\r\nMsPacman,1,900\r\n',
+    "other order, case, columns": (
+        "Score, Game,steps,SEED\n"
+        "20,Pong,9,a\n18.5,Pong,9,b\n900,MsPacman,9,a\n"
+    ),
+    "byte order mark, quotes": (
+        "\ufeffgame,seed,score\r\n"
+        '"Pong",1,20\r\n"Pong",2,18.5\r\n\r\nMsPacman,1,900\r\n'
+    ),
 }
 
 
@@ -422,13 +468,15 @@ def test_other_refusals(write, tmp_path, capsys):
     one = write("one.json", {"Pong": [1]})
     two = write("two.json", {"Qbert": [1]})
     assert "no game in common" in failure(capsys, one, two, "--compare", "one", "two")
-    assert "no such method in ['one', 'two']" in failure(capsys, one, two, "--compare", "one", "three")
+    message = failure(capsys, one, two, "--compare", "one", "three")
+    assert "no such method in ['one', 'two']" in message
 
 
 # ---------------------------------------------------------------- output
 def test_aggregates_are_over_the_games_in_common(write, capsys, few_resamples):
     """An empty list is a game that was not run; environments of one's own are in no aggregate."""
-    file = write("ours.json", {"Pong": [20.0], "Qbert": [1000.0], "Krull": [], "mine:Toy-v0": [1.0]})
+    scores = {"Pong": [20.0], "Qbert": [1000.0], "Krull": [], "mine:Toy-v0": [1.0]}
+    file = write("ours.json", scores)
     assert run(file, SEEDS_FILE, "--json") == 0
     told = json.loads(capsys.readouterr().out)
     assert "INCOMPLETE: aggregates are over 2 of 26 games" in told["remarks"]
@@ -445,7 +493,8 @@ def test_baselines_quote_or_omit_what_needs_seeds(write, capsys):
     rows = cells(out)
     assert rows["iqm"][2:] == ["0.13", "0.459", "0.501", "-", "-", "0.641", "0.688"]
     assert rows["Alien"][:3] == ["human", "228", "0.00"] and rows["Alien"][-2:] == ["744", "0.07"]
-    assert run("--baselines", write("ours.json", {"Pong": [1.0]})) == 0  # quoted are aggregates of 26 games
+    # quoted are aggregates of 26 games
+    assert run("--baselines", write("ours.json", {"Pong": [1.0]})) == 0
     assert "0.688" not in capsys.readouterr().out
 
 
@@ -462,7 +511,13 @@ def test_json_holds_what_the_terminal_shows(capsys, few_resamples):
 
 def in_a_process(command, **environment):
     environment = os.environ | environment
-    return subprocess.run(command, shell=True, capture_output=True, cwd=SCRIPT.parent, env=environment)
+    return subprocess.run(
+        command,
+        shell=True,
+        capture_output=True,
+        cwd=SCRIPT.parent,
+        env=environment,
+    )
 
 
 def test_scores_need_numpy_only():
@@ -476,8 +531,10 @@ def test_scores_need_numpy_only():
 @pytest.mark.parametrize("encoding", ["cp437", "ascii"])
 def test_any_terminal_can_show_it(encoding, write):
     file = write("日本.json", {"Pong": [1]})
-    done = in_a_process(f"{sys.executable} evaluate.py --baselines {file}", PYTHONIOENCODING=encoding)
-    assert done.returncode == 0 and done.stderr == b"" and b"sym_hns" in done.stdout and b"??" in done.stdout
+    command = f"{sys.executable} evaluate.py --baselines {file}"
+    done = in_a_process(command, PYTHONIOENCODING=encoding)
+    assert done.returncode == 0 and done.stderr == b""
+    assert b"sym_hns" in done.stdout and b"??" in done.stdout
 
 
 def test_a_reader_may_leave_early():
@@ -490,7 +547,9 @@ def write_run(path, returns):
     """A run whose game i ended at agent step 10 (i + 1)."""
     path.mkdir(parents=True)
     (path / "args.json").write_text("{}")
-    lines = [{"global_step": 10 * (i + 1), "charts/episodic_return": x} for i, x in enumerate(returns)]
+    lines = []
+    for i, x in enumerate(returns):
+        lines.append({"global_step": 10 * (i + 1), "charts/episodic_return": x})
     lines.append({"global_step": 50, "world_model/error_1": 0.5, "world_model/error_H": None})
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (path / "metrics.jsonl").write_text(text + '{"global_step": 3')  # the last line was cut off
@@ -508,7 +567,9 @@ def test_curves_are_those_of_the_log(tmp_path, monkeypatch):
     assert png.read_bytes()[:4] == b"\x89PNG"
     (label, steps, means), error_1, error_h, *others = drawn
     assert label == "Catch__jedi__1" and steps == list(range(10, 201, 10))
-    assert means[0] == 0 and means[1] == 0.5 and means[-1] == np.mean(range(10, 20))  # of the last 10 games
+    assert means[0] == 0 and means[1] == 0.5
+    # of the last 10 games
+    assert means[-1] == np.mean(range(10, 20))
     assert error_1[1:] == ([50], [0.5]) and error_h[1:] == ([], [])
     assert others[0] == ("Catch__mse__1", [10], [5.0])
 
@@ -522,11 +583,15 @@ def test_refusals_of_curves(tmp_path, capsys, monkeypatch):
     assert "no/a.png: not written" in failure(capsys, "--curves", tmp_path, "--plot", nowhere)
     for module in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, module, None)
-    assert "pip install matplotlib" in failure(capsys, "--curves", tmp_path, "--plot", tmp_path / "a.png")
+    message = failure(capsys, "--curves", tmp_path, "--plot", tmp_path / "a.png")
+    assert "pip install matplotlib" in message
 
 
-# ---------------------------------------------------------------- an agent, its game and what it imagines
-FORK = '''"""A stand-in for a script that trains: a frame is of one grey, and its latent is that grey."""
+# ---------------------------------------------------------------- an agent, its game, its dreams
+FORK = '''"""A stand-in for a script that trains.
+
+A frame is of one grey, and its latent is that grey.
+"""
 from typing import NamedTuple
 import dataclasses
 import gymnasium as gym
@@ -660,7 +725,7 @@ def test_a_score_is_one_like_that_of_training(fork, tmp_path, capsys):
 
 
 def test_strips_show_reality_and_imagination_under_its_actions(fork, tmp_path):
-    """In the picture as in the tensors. A frame that nobody recorded is shown as the nearest one."""
+    """In the picture as in the tensors. A frame that nobody recorded is shown as the nearest."""
     pytest.importorskip("PIL")
     agent = ev.Run(fork, None, seed=0)
     replay = agent.play(1000)
@@ -692,7 +757,8 @@ def test_a_dream_is_as_long_as_asked_and_begins_anew_after_its_end(fork, tmp_pat
     assert rew[:6].tolist() == [0, 0, 0, 2, 0, 0] and end[:6].tolist() == [0, 0, 0, 1, 0, 0]
     assert run("--dream", fork, tmp_path / "dream.gif", "--steps", 6) == 0
     film = zip(shown, rew[:6].tolist(), end[:6].tolist())
-    pages = [page for page, _ in itertools.groupby(film)]  # equal ones in a row are one page, shown longer
+    # equal ones in a row are one page, shown longer
+    pages = [page for page, _ in itertools.groupby(film)]
     assert greys_of(tmp_path / "dream.gif", 320) == [grey for grey, _, _ in pages]
 
 
@@ -721,7 +787,8 @@ def test_refusals_of_looking(fork, tmp_path, capsys, monkeypatch):
     assert "at least 1" in failure(capsys, "--dream", fork, tmp_path / "a.gif", "--steps", 0)
     assert "nowhere: no run of" in failure(capsys, "--checkpoint", tmp_path / "nowhere")
     assert "no run of" in failure(capsys, "--dream", "game.gif", fork)  # the two swapped
-    assert "no device" in failure(capsys, "--dream", fork, tmp_path / "a.gif", "--device", "toaster")
+    message = failure(capsys, "--dream", fork, tmp_path / "a.gif", "--device", "toaster")
+    assert "no device" in message
     assert "a.abc: not written" in failure(capsys, "--imagine", fork, tmp_path / "a.abc")
     assert "no/a.gif: not written" in failure(capsys, "--dream", fork, tmp_path / "no" / "a.gif")
     assert run("--checkpoint", fork, "--out", fork / "result.json") == 2
@@ -738,7 +805,11 @@ BROKEN = {
     "other settings": ("args.json", '{"lstm_layers": 3}', "lstm_layers"),
     "half-written settings": ("args.json", '{"seed"', "no run of"),
     "unknown game": ("args.json", '{"env_id": "mine:Blue-v0"}', "mine:Blue-v0: no such game"),
-    "other networks": ("jedi_mse.py", FORK.replace("torch.zeros(num_actions)", "torch.zeros(9)"), "is not of"),
+    "other networks": (
+        "jedi_mse.py",
+        FORK.replace("torch.zeros(num_actions)", "torch.zeros(9)"),
+        "is not of",
+    ),
 }
 
 
@@ -755,7 +826,8 @@ def test_broken_runs(file, change, words, fork, capsys):
 
 def test_what_an_environment_raises_keeps_its_traceback(fork, tmp_path):
     pytest.importorskip("PIL")
-    (fork / "jedi_mse.py").write_text(FORK.replace("self.grey += act + 1", "open('/nonexistent/level')"))
+    broken = FORK.replace("self.grey += act + 1", "open('/nonexistent/level')")
+    (fork / "jedi_mse.py").write_text(broken)
     with pytest.raises(FileNotFoundError, match="level"):
         run("--dream", fork, tmp_path / "a.gif")
 
@@ -834,14 +906,15 @@ def test_a_real_run_can_be_looked_at_and_stays_as_it_is(trained, tmp_path, capsy
     before = content(path)
     final = json.loads((path / "result.json").read_text())
     seed = final["protocol"]["eval_seed"]
-    assert run("--checkpoint", path, "--episodes", 3, "--seed", seed, "--out", tmp_path / "score.json") == 0
-    score = json.loads((tmp_path / "score.json").read_text())
+    out = tmp_path / "score.json"
+    assert run("--checkpoint", path, "--episodes", 3, "--seed", seed, "--out", out) == 0
+    score = json.loads(out.read_text())
     for key in ("returns", "protocol", "global_step"):
         assert score[key] == final[key]
     assert run("--imagine", path, tmp_path / "strip.png") == 0
     assert run("--dream", path, tmp_path / "dream.gif", "--steps", 12) == 0
     capsys.readouterr()
-    assert run(path.parent, f"again={tmp_path / 'score.json'}") == 0
+    assert run(path.parent, f"again={out}") == 0
     assert "tests.toy:Catch-v0" in cells(capsys.readouterr().out)
     assert content(path) == before
 

@@ -48,7 +48,7 @@ def test_karras_sigmas():
 
 
 def sample(denoise, sigmas, noise):
-    """Sends unit noise [N, D] through Denoiser.sample, with denoise(z, sigma) in place of a network."""
+    """Sends unit noise [N, D] through Denoiser.sample, with denoise(z, sigma) for a network."""
     denoiser = make_agent(tiny(latent_bound=1e6)).denoiser
 
     def unet(z_in, c_noise, z_hist, act_hist):
@@ -89,7 +89,10 @@ def test_sampler_recovers_a_mixture_of_gaussians():
 
 
 def test_sampler_draws_what_is_far_from_the_mean():
-    """Of eight equal modes on a line each is drawn. From unit noise at sigma 5 the outer four are not."""
+    """Each of eight equal modes on a line is drawn.
+
+    From unit noise at sigma 5 the outer four are not.
+    """
     modes = torch.linspace(-1, 1, 8).double()[:, None]
     denoise = mixture(modes, torch.full((8,), 1 / 8), 0.02)
     shares = []
@@ -147,7 +150,10 @@ def test_gradient_reaches_the_encoder_through_the_context_only(feed_own):
 
 
 def test_no_gradient_flows_through_a_latent_that_was_fed_back():
-    """Only the second target counts. The first latent is not in its context, but made a latent that is."""
+    """Only the second target counts.
+
+    The first latent is not in its context, but made a latent that is.
+    """
     args = tiny()
     denoiser = make_agent(args).denoiser
     z = seeded(torch.randn, 4, L + 2, 4, 2, 2).requires_grad_()
@@ -819,7 +825,7 @@ def test_every_function_compiles_to_one_graph():
 
 
 def fake_compile(errors):
-    """Stands in for torch.compile: what it compiles in a mode raises the mode's error, if it has one."""
+    """Stands in for torch.compile: what it compiles in a mode raises the mode's error, if any."""
 
     def compile(function, mode, **_):
         def compiled(*inputs):

@@ -25,7 +25,17 @@ import torch
 import evaluate
 import jedi
 from tests import ablations, benchmark, chain, gpu_smoke
-from tests.tiny import CPU, ROOT, assert_equal, command_line, flags, make_agent, make_batch, make_replay, tiny
+from tests.tiny import (
+    CPU,
+    ROOT,
+    assert_equal,
+    command_line,
+    flags,
+    make_agent,
+    make_batch,
+    make_replay,
+    tiny,
+)
 
 
 def run(runs_dir, **changes):
@@ -752,8 +762,14 @@ def test_the_report_of_a_gpu_survives_what_stops(monkeypatch):
     stopped = gpu_smoke.run_stage("learning", ["-c", "import time; time.sleep(60)"], 1)
     assert stopped["exit"] == "stopped"
     assert stopped["seconds"] < 10
-    stages = {"compiled": failed, "learning": stopped}
-    text = gpu_smoke.summary({"device": "a card", "preset": "paper", "torch": "2", "system": "x", "stages": stages})
+    report = {
+        "device": "a card",
+        "preset": "paper",
+        "torch": "2",
+        "system": "x",
+        "stages": {"compiled": failed, "learning": stopped},
+    }
+    text = gpu_smoke.summary(report)
     assert "compiled: world-model update 12.5 ms" in text
     assert "a whole run about 3.2 hours" in text
     assert "eager: not run. NoisyCatch by `small`: None" in text
@@ -771,7 +787,12 @@ def test_the_benchmark_times_what_a_run_runs():
     assert hours == pytest.approx((60 * 60 + 8 * 600 + 7 * 6000) / 3600)
 
 
-CHAIN = {"first_collect_steps": 60, "final_epochs": 0, "horizon": 10, "first_actor_critic_updates": 0}
+CHAIN = {
+    "first_collect_steps": 60,
+    "final_epochs": 0,
+    "horizon": 10,
+    "first_actor_critic_updates": 0,
+}
 
 
 @pytest.mark.parametrize("name", ablations.VARIANTS)
@@ -788,7 +809,8 @@ def test_an_ablation_is_a_change_of_the_present_file(name):
         loss.backward()
         z = changed.encoder(batch.obs)[:, :4]
         drawn = changed.denoiser.sample(z, batch.act[:, :4], torch.randn_like(z[:, 0]))
-        outputs.append([loss.item(), changed.encoder.net[0].weight.grad.norm().item(), drawn.std().item()])
+        gradient = changed.encoder.net[0].weight.grad.norm()
+        outputs.append([loss.item(), gradient.item(), drawn.std().item()])
     assert np.isfinite(outputs).all()
     assert (outputs[0] == outputs[1]) == (name in ("full", "frozen"))
 

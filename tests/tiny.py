@@ -121,7 +121,7 @@ def assert_equal(a, b, path=""):
 
 
 def command_line(capsys, words, script=ROOT / "jedi.py"):
-    """Runs the script as `python jedi.py ...` does, in this process -> exit code, stdout, stderr."""
+    """Runs the script in this process, as `python jedi.py` does -> exit code, stdout, stderr."""
     capsys.readouterr()
     arguments = sys.argv
     path = list(sys.path)

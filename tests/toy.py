@@ -1,20 +1,28 @@
-"""A toy game that a world model must understand to win: stochastic, delayed reward, real ends, small pixels."""
+"""A toy game that a world model must understand to win.
+
+It is stochastic, with delayed reward, real ends and small pixels.
+"""
 
 import gymnasium as gym
 import numpy as np
 
 
 class Catch(gym.Env):
-    """An 8 x 8 grid drawn on 32 x 32 pixels. A ball falls one row a step from a random column; a paddle of 3 cells on the
-    bottom row moves left, stays or moves right. A catch is +1 and a new ball; a miss is -1 and the end, as is the 10th catch.
+    """An 8 x 8 grid drawn on 32 x 32 pixels.
 
-    The action that decides a reward is taken up to 7 steps before it. Optimal return 10; uniformly random about -0.5.
+    A ball falls one row a step from a random column; a paddle of 3 cells on the bottom row moves
+    left, stays or moves right. A catch is +1 and a new ball; a miss is -1 and the end, as is the
+    10th catch.
+
+    The action that decides a reward is taken up to 7 steps before it. Optimal return 10; uniformly
+    random about -0.5.
     """
 
     GRID, CELL, CATCHES = 8, 4, 10
 
     def __init__(self):
-        self.observation_space = gym.spaces.Box(0, 255, (self.GRID * self.CELL, self.GRID * self.CELL, 3), np.uint8)
+        size = self.GRID * self.CELL
+        self.observation_space = gym.spaces.Box(0, 255, (size, size, 3), np.uint8)
         self.action_space = gym.spaces.Discrete(3)
 
     def reset(self, *, seed=None, options=None):
@@ -52,7 +60,7 @@ gym.register("Catch-v0", entry_point=Catch)
 
 
 class NoisyCatch(Catch):
-    """Catch over a background of fresh random noise in every frame, which no one can predict and no one needs."""
+    """Catch over fresh random noise in every frame, which no one can predict and no one needs."""
 
     def _draw(self):
         screen = super()._draw()
