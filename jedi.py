@@ -76,6 +76,7 @@ from torch import Tensor
 
 # ---------------------------------------------------------------------------------- Hyperparameters
 CUDA = torch.cuda.is_available()
+DEFAULT_PRESET = "paper" if CUDA else "laptop"
 
 
 @dataclass
@@ -83,7 +84,7 @@ class Args:
     """JEDI on one game. The same command goes on with a run that was stopped."""
 
     env_id: str = "BreakoutNoFrameskip-v4"  # an Atari game, or module:Name-v0 for your own
-    preset: Literal["paper", "small", "laptop"] = "paper" if CUDA else "laptop"  # see PRESETS
+    preset: Literal["paper", "small", "laptop", "evening"] = DEFAULT_PRESET  # see PRESETS
     seed: int = 1  # of every random number; on a CPU it determines the run bit for bit
     device: str = "cuda" if CUDA else "cpu"  # cpu, cuda, cuda:1, mps
     compile: bool = True  # torch.compile with CUDA graphs, on CUDA only
@@ -182,6 +183,23 @@ PRESETS["laptop"] = replace(  # an Atari game in half an hour of one core
     world_model_updates=50,
     first_actor_critic_updates=150,
     actor_critic_updates=30,
+)
+PRESETS["evening"] = replace(  # Breakout in two hours of one core
+    PRESETS["laptop"],
+    preset="evening",
+    recency_weights=(0.1, 0.2, 0.3, 0.4),
+    horizon=20,
+    gamma=0.985,
+    ent_coef=0.001,
+    actor_critic_lr_scale=1.0,
+    total_steps=62_000,
+    first_collect_steps=30_000,
+    collect_steps=4_000,
+    first_world_model_updates=4_500,
+    world_model_updates=300,
+    first_actor_critic_updates=500,
+    actor_critic_updates=400,
+    epsilon=0.05,
 )
 MAY_BE_ZERO = """seed checkpoint_minutes gamma td_lambda ent_coef encoder_lr_scale warmup_updates
     epsilon first_world_model_updates world_model_updates first_actor_critic_updates
