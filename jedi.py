@@ -1,6 +1,6 @@
 """JEDI, Joint Embedding DIffusion: a world-model agent for Atari 100k, in one file.
 
-    python jedi.py --env-id BreakoutNoFrameskip-v4    # preset `paper` on CUDA, `laptop` without
+    python jedi.py --env-id BreakoutNoFrameskip-v4    # preset `paper` on CUDA, `evening` without
 
 Papers: arXiv 2505.19698 ("Performance Asymmetry in Model-Based RL"), its successor 2605.13013,
 and their parent DIAMOND, 2405.12399. DIAMOND imagines the next frame by diffusion; JEDI imagines
@@ -76,7 +76,7 @@ from torch import Tensor
 
 # ---------------------------------------------------------------------------------- Hyperparameters
 CUDA = torch.cuda.is_available()
-DEFAULT_PRESET = "paper" if CUDA else "laptop"
+DEFAULT_PRESET = "paper" if CUDA else "evening"
 
 
 @dataclass

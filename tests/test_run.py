@@ -504,7 +504,7 @@ def test_flags_win_over_the_preset():
     assert args == dataclasses.replace(jedi.PRESETS["paper"], **changes)
 
 
-@pytest.mark.parametrize("cuda, preset", [(False, "laptop"), (True, "paper")])
+@pytest.mark.parametrize("cuda, preset", [(False, "evening"), (True, "paper")])
 def test_the_preset_follows_the_machine(monkeypatch, cuda, preset):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     fresh = types.SimpleNamespace(**runpy.run_path(str(ROOT / "jedi.py")))
